@@ -1,0 +1,18 @@
+"""Eight emulated CPU devices for every test, asserted; a compilation cache shared by the workers."""
+
+import os
+import pathlib
+
+# compile time is most of the suite's time: XLA's cheapest level halves it, and no test measures speed
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # the environment above must be set first
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_sessionstart(session):
+    assert jax.device_count() == 8, f"the tests need 8 emulated CPU devices and see {jax.device_count()}"
