@@ -1,0 +1,204 @@
+"""Every rule a configuration must keep, each refusal one sentence: the field, its value, the reason, the fix.
+
+Nothing here imports the rest of the package: the rules read a `Config` by attribute, before any array exists.
+"""
+
+import difflib
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field, its value and the fix."""
+
+
+CHOICES = {
+    "model.activation": ("swiglu", "geglu", "gelu"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.attention.implementation": ("auto", "xla", "cudnn"),
+    "model.moe.balance_loss_scope": ("global", "microbatch", "sequence"),
+    "model.moe.balance_loss_accumulation": ("exact", "running"),
+    "model.moe.dispatch": ("dropless", "capacity", "einsum"),
+    "model.moe.capacity_priority": ("position", "probability"),
+    "model.moe.exchange": ("auto", "all_to_all", "all_gather"),
+    "model.moe.grouped_matmul": ("auto", "cpu", "reference"),
+    "data.corpus": ("builtin", "prose", "files"),
+    "data.tokenizer": ("bytes", "bpe", "gpt2"),
+    "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "train.resume": ("auto", "never", "must"),
+}
+
+
+def _fields(group, names):
+    return [f"{group}.{name}" for name in names.split()]
+
+
+POSITIVE = (
+    *_fields("model", "d_model num_layers d_ff norm_eps init_std"),
+    *_fields("model.attention", "num_heads num_kv_heads head_dim rope_theta"),
+    *_fields("model.moe", "every capacity_factor"),
+    *_fields("data", "seq_len batch_size bpe_vocab_size"),
+    *_fields("optimizer", "learning_rate eps"),
+    *_fields("train", "steps accumulation log_every eval_every eval_rows checkpoint_every keep_checkpoints"),
+)
+
+NOT_NEGATIVE = (
+    *_fields("model", "vocab_size logit_z_loss_weight"),
+    *_fields("model.attention", "window"),
+    *_fields("model.moe", "num_experts num_shared_experts first_dense balance_loss_weight z_loss_weight exchange_factor"),
+    *_fields("mesh", "emulate"),
+    *_fields("data", "max_megabytes prefetch"),
+    *_fields("optimizer", "warmup_steps weight_decay clip_norm"),
+    *_fields("train", "sample_tokens seed"),
+)
+
+FRACTIONS = ("data.val_fraction", "optimizer.decay_fraction", "optimizer.b1", "optimizer.b2")
+
+
+def check(config) -> None:
+    """Checks everything that does not depend on the number of devices. Raises ConfigError."""
+    for path, choices in CHOICES.items():
+        value = _get(config, path)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices)}."
+            raise ConfigError(f"{path} = {value!r} is unknown; {hint}")
+    for path in POSITIVE:
+        if not _get(config, path) > 0:
+            raise ConfigError(f"{path} = {_get(config, path)} must be greater than 0.")
+    for path in NOT_NEGATIVE:
+        if not _get(config, path) >= 0:
+            raise ConfigError(f"{path} = {_get(config, path)} must be 0 or more.")
+    for path in FRACTIONS:
+        if not 0 <= _get(config, path) < 1:
+            raise ConfigError(f"{path} = {_get(config, path)} must be at least 0 and less than 1.")
+    _check_model(config.model)
+    _check_moe(config.model)
+    _check_mesh(config.mesh)
+    _check_training(config)
+
+
+def _check_model(model):
+    attention = model.attention
+    if attention.num_heads % attention.num_kv_heads:
+        raise ConfigError(
+            f"model.attention.num_heads = {attention.num_heads} is not a multiple of model.attention.num_kv_heads ="
+            f" {attention.num_kv_heads}; every key/value head serves the same number of query heads."
+        )
+    if attention.head_dim % 2:
+        raise ConfigError(f"model.attention.head_dim = {attention.head_dim} is odd; rotary embeddings need an even width.")
+
+
+def _check_moe(model):
+    moe = model.moe
+    if moe.num_experts == 0:
+        return
+    if moe.d_ff <= 0:
+        raise ConfigError(f"model.moe.d_ff = {moe.d_ff} must be greater than 0; it is the hidden width of one expert.")
+    top_k = moe.router.top_k
+    if top_k < 1:
+        raise ConfigError(
+            f"model.moe.router.top_k = {top_k} must be at least 1; set model.moe.num_experts=0 for a dense model."
+        )
+    if top_k > moe.num_experts:
+        raise ConfigError(
+            f"model.moe.router.top_k = {top_k} is more than model.moe.num_experts = {moe.num_experts};"
+            f" choose top_k <= {moe.num_experts}."
+        )
+    if moe.first_dense > model.num_layers or (model.num_layers - moe.first_dense) % moe.every:
+        raise ConfigError(
+            f"model.num_layers = {model.num_layers} less model.moe.first_dense = {moe.first_dense} must be a multiple of"
+            f" model.moe.every = {moe.every}; change one of the three."
+        )
+    if model.num_moe_layers == 0:
+        raise ConfigError(
+            f"model.moe.first_dense = {moe.first_dense} leaves none of the {model.num_layers} layers to the"
+            f" {moe.num_experts} experts; lower it, or set model.moe.num_experts=0 for a dense model."
+        )
+
+
+def _check_mesh(mesh):
+    if sum(size == -1 for size in mesh.shape) > 1:
+        raise ConfigError(f"mesh = {_mesh_text(mesh)} has more than one -1; only one axis can be filled.")
+    for axis in ("data", "fsdp", "expert", "tensor"):
+        if (size := getattr(mesh, axis)) < 1 and size != -1:
+            raise ConfigError(f"mesh.{axis} = {size} must be at least 1, or -1 to take the devices that are left.")
+
+
+def _check_training(config):
+    batch, accumulation = config.data.batch_size, config.train.accumulation
+    if batch % accumulation:
+        raise ConfigError(
+            f"data.batch_size = {batch} is not a multiple of train.accumulation = {accumulation};"
+            " every microbatch holds the same number of sequences."
+        )
+    if config.data.corpus == "files" and not config.data.paths:
+        raise ConfigError(
+            "data.paths is empty while data.corpus = 'files'; give one or more globs of text, JSONL or .bin files."
+        )
+    if config.optimizer.warmup_steps > config.train.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than train.steps = {config.train.steps};"
+            " the learning rate would never reach its peak."
+        )
+    if not 0 <= config.optimizer.final_fraction <= 1:
+        raise ConfigError(f"optimizer.final_fraction = {config.optimizer.final_fraction} must be between 0 and 1.")
+
+
+def check_devices(config, num_devices: int) -> tuple[int, int, int, int]:
+    """Fits the config to `num_devices` devices and returns the mesh's shape (data, fsdp, expert, tensor).
+
+    Raises:
+      ConfigError: the axes do not multiply to the devices, or batch, experts, heads or widths do not divide over them.
+    """
+    shape = _fill(config.mesh, num_devices)
+    data, fsdp, expert, tensor = shape
+    model, moe = config.model, config.model.moe
+    shards, per_pass = data * fsdp * expert, config.data.batch_size // config.train.accumulation
+    if per_pass % shards:
+        raise ConfigError(
+            f"data.batch_size = {config.data.batch_size} over train.accumulation = {config.train.accumulation} is {per_pass}"
+            f" sequences, not a multiple of the {shards} data shards (data x fsdp x expert = {data} x {fsdp} x {expert});"
+            f" use a multiple of {shards * config.train.accumulation}."
+        )
+    divisions = [
+        ("model.attention.num_heads", model.attention.num_heads, "tensor", tensor),
+        ("model.attention.num_kv_heads", model.attention.num_kv_heads, "tensor", tensor),
+        ("model.d_ff", model.d_ff, "tensor", tensor),
+        ("model.d_model", model.d_model, "fsdp", fsdp),
+        ("model.vocab_size", model.vocab_size, "tensor", tensor),
+    ]
+    if moe.num_experts:
+        divisions += [
+            ("model.moe.num_experts", moe.num_experts, "expert", expert),
+            ("model.moe.d_ff", moe.d_ff, "tensor", tensor),
+        ]
+    for path, value, axis, size in divisions:
+        if value % size:
+            raise ConfigError(f"{path} = {value} is not a multiple of mesh.{axis} = {size}; change one of the two.")
+    return shape
+
+
+def _fill(mesh, num_devices):
+    sizes = list(mesh.shape)
+    known = 1
+    for size in sizes:
+        known *= 1 if size == -1 else size
+    if -1 in sizes and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+        known = num_devices
+    if known != num_devices:
+        raise ConfigError(
+            f"mesh = {_mesh_text(mesh)} does not fit {num_devices} device{'s' * (num_devices != 1)};"
+            " the axes must multiply to the number of devices (-1 fills one axis; mesh.emulate=N makes N CPU devices)."
+        )
+    return tuple(sizes)
+
+
+def _mesh_text(mesh):
+    return "x".join(f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "expert", "tensor"))
+
+
+def _get(config, path):
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
