@@ -1,0 +1,1 @@
+"""Run configurations: one file each, with `get_config(arg)`."""

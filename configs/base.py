@@ -1,0 +1,155 @@
+"""Every field of a run, with its unit or consequence. Other configs start from here and change a few lines.
+
+    python -m launch.train --config=configs/base.py --config.model.moe.router.name=switch --config.model.moe.router.top_k=1
+
+`--config=configs/base.py:debug` shrinks the model and the run to seconds. Any field can be set as `--config.group.field=value`, or
+after the file's name as `--config=configs/base.py:debug,train.steps=50`.
+"""
+
+import ast
+
+from ml_collections import ConfigDict
+
+from moe_jax import routing
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The base config; `arg` is a comma-separated list of "debug" and name=value."""
+    config = ConfigDict()
+    config.workdir = ""  # run folder: checkpoints, metrics, config; "" = runs/<config name>
+
+    config.model = model = ConfigDict()
+    model.vocab_size = 0  # tokens; 0 = the tokenizer's, rounded up to a multiple of 128
+    model.d_model = 128  # D, width of the residual stream
+    model.num_layers = 4  # L, dense and MoE layers together
+    model.d_ff = 384  # F of dense layers
+    model.activation = "swiglu"  # swiglu | geglu (three matrices) | gelu (two); experts too
+    model.norm_eps = 1e-6  # RMSNorm's epsilon
+    model.tied_embeddings = False  # True: the head is the embedding table
+    model.init_std = 0.02  # of every weight; projections into the residual stream get init_std / sqrt(2 L)
+    model.dtype = "float32"  # compute dtype, float32 | bfloat16; parameters, router and losses stay float32
+    model.remat = "full"  # none | dots (keep matmul results) | full (keep layer inputs): memory against recomputation
+    model.logit_z_loss_weight = 0.0  # weight of mean(logsumexp(logits)^2), PaLM's 1e-4; 0 = off
+
+    model.attention = attention = ConfigDict()
+    attention.num_heads = 4  # H, query heads; a multiple of mesh.tensor
+    attention.num_kv_heads = 2  # G, key/value heads; divides num_heads
+    attention.head_dim = 32  # N, width of a head, even
+    attention.rope_theta = 10000.0  # base of the rotary frequencies
+    attention.qk_norm = False  # True: RMSNorm on queries and keys, per head
+    attention.window = 0  # tokens a token sees, itself included; 0 = all
+    attention.qkv_bias = False  # biases on the q, k, v projections
+    attention.out_bias = False  # bias on the output projection
+    attention.implementation = "auto"  # auto | xla | cudnn; auto takes cuDNN on GPU in bfloat16
+
+    model.moe = moe = ConfigDict()
+    moe.num_experts = 8  # E, routed experts per MoE layer; 0 = a dense model
+    moe.d_ff = 128  # F of one expert
+    moe.num_shared_experts = 1  # experts every token uses, each of width d_ff
+    moe.first_dense = 0  # that many first layers are dense
+    moe.every = 1  # after those, the last of every this many layers is MoE
+    moe.balance_loss_weight = 0.0  # weight of the load-balance loss, which is 1 at perfect balance; summed over layers
+    moe.balance_loss_scope = "global"  # where load fractions are counted: global | microbatch | sequence
+    moe.balance_loss_accumulation = "exact"  # under accumulation: exact (one more forward pass) | running (approximate)
+    moe.z_loss_weight = 0.0  # weight of mean(logsumexp(router logits)^2), ST-MoE's 1e-3; summed over layers
+    moe.dispatch = "dropless"  # dropless (grouped matmul) | capacity (fixed buffers, drops counted) | einsum (the oracle; slow)
+    moe.capacity_factor = 1.25  # for capacity and einsum dispatch: C = ceil(factor * T * K / E); includes K
+    moe.capacity_priority = "position"  # who keeps a full buffer's rows: position (first choices first) | probability
+    moe.exchange = "auto"  # over the expert axis: all_to_all | all_gather; auto = all_to_all, nothing on one device
+    moe.exchange_factor = 0.0  # rows per peer in all_to_all = ceil(factor * T * K / n), overflow counted; 0 = worst case, exact
+    moe.grouped_matmul = "auto"  # backend of the dropless dispatch: auto | cpu (row blocks) | reference
+
+    moe.router = router = ConfigDict()
+    router.name = "deepseek"  # the family: switch | mixtral | deepseek
+    router.top_k = 2  # K, experts per token; 1 for switch
+    router.update(routing.default_options())  # options of each family, documented in moe_jax/routing/<family>.py
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # replicas; -1 on one axis = the devices the other axes leave
+    mesh.fsdp = 1  # parameters sharded over this many, tokens too
+    mesh.expert = 1  # experts spread over this many; a data axis for the rest of the model
+    mesh.tensor = 1  # heads and hidden widths split over this many
+    mesh.emulate = 0  # N: N emulated devices on the CPU; 0 = the real devices
+
+    config.data = data = ConfigDict()
+    data.corpus = "builtin"  # builtin (Python's own sources and docs) | prose (extra: corpus) | files
+    data.paths = ()  # for files: globs of text, .jsonl, .jsonl.gz or .bin
+    data.tokenizer = "bytes"  # bytes | bpe (trained on the corpus) | gpt2 (extra: corpus)
+    data.bpe_vocab_size = 4096  # tokens of a bpe tokenizer
+    data.seq_len = 256  # S, tokens in a row
+    data.batch_size = 16  # B, rows per optimizer step over all devices and microbatches
+    data.val_fraction = 0.05  # of documents, by hash
+    data.max_megabytes = 0.0  # per domain; 0 = all
+    data.cache_dir = ""  # of tokenised corpora; "" = the user's cache folder
+    data.prefetch = 2  # batches read ahead
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-3  # peak
+    optimizer.schedule = "cosine"  # cosine | wsd (warm-up, stable, decay) | constant (after warm-up)
+    optimizer.warmup_steps = 50  # linear from 0
+    optimizer.decay_fraction = 0.2  # wsd: the last fraction of the steps decays
+    optimizer.final_fraction = 0.1  # last learning rate over peak
+    optimizer.b1 = 0.9  # Adam's first decay
+    optimizer.b2 = 0.95  # Adam's second decay
+    optimizer.eps = 1e-8  # Adam's epsilon
+    optimizer.weight_decay = 0.1  # decoupled; not on embeddings, norms and biases
+    optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clipping
+
+    config.train = train = ConfigDict()
+    train.steps = 1000  # optimizer steps
+    train.accumulation = 1  # microbatches per step; the result is that of the whole batch
+    train.seed = 0  # of parameters, data order and noise
+    train.log_every = 10  # steps between metric records
+    train.eval_every = 200  # steps between evaluations on every domain; one more at the end
+    train.eval_rows = 64  # validation rows per domain
+    train.checkpoint_every = 200  # steps between checkpoints; one more at the end
+    train.keep_checkpoints = 3  # newest kept, besides the best
+    train.resume = "auto"  # auto (continue if the run folder has a checkpoint) | never (refuse such a folder) | must
+    train.sample_tokens = 200  # of the text sample at the end; 0 = none
+    train.tensorboard = True  # write TensorBoard files besides metrics.jsonl
+
+    return override(config, arg)
+
+
+def override(config: ConfigDict, arg: str) -> ConfigDict:
+    """Applies "debug" and `group.field=value` items, separated by commas, in order.
+
+    Raises:
+      AttributeError: no such field; the message names the nearest.
+      ValueError: an item is neither.
+    """
+    config.lock()
+    for item in filter(None, (part.strip() for part in (arg or "").split(","))):
+        name, equals, value = item.partition("=")
+        if item == "debug":
+            shrink(config)
+        elif equals:
+            _set(config, name, _parse(value))
+        else:
+            raise ValueError(f"config argument {item!r} is neither 'debug' nor group.field=value.")
+    return config.unlock()
+
+
+def _set(config, name, value):
+    *groups, field = name.split(".")
+    for group in groups:
+        config = getattr(config, group)
+    setattr(config, field, value)
+
+
+def _parse(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def shrink(config: ConfigDict) -> ConfigDict:
+    """The same run in miniature: seconds on a CPU."""
+    config.model.update(d_model=32, num_layers=2, d_ff=64)
+    config.model.attention.update(num_heads=2, num_kv_heads=2, head_dim=16)
+    config.model.moe.update(d_ff=32)
+    config.data.update(seq_len=64, batch_size=8, max_megabytes=0.5)
+    config.optimizer.update(warmup_steps=5)
+    config.train.update(steps=20, log_every=5, eval_every=10, eval_rows=8, checkpoint_every=10, sample_tokens=40)
+    return config

@@ -1,0 +1,47 @@
+"""Evaluates a run on every domain: `python -m launch.evaluate --workdir=runs/quickstart [--step=best] [--mesh=data=8,emulate=8]`.
+
+Prints a table of loss, perplexity and bits per byte, and the expert loads; writes them to WORKDIR/evaluation-STEP.json.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+from launch import cli
+from moe_jax.analysis.tables import evaluation_table, load_table
+from moe_jax.data.corpus import load_corpus
+from moe_jax.train import run
+from moe_jax.train.evaluate import evaluate, make_eval_step
+from moe_jax.train.files import write_atomic
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of launch.train.", required=True)
+STEP = flags.DEFINE_string("step", "latest", "Checkpoint: latest, best or a step.")
+MESH = flags.DEFINE_string("mesh", "", "Mesh other than the run's, e.g. data=2,expert=4,emulate=8.")
+ROWS = flags.DEFINE_integer("rows", 0, "Validation rows per domain; 0 = as in the run.", lower_bound=0)
+
+
+def main():
+    model = run.restore(WORKDIR.value, STEP.value, cli.parse_mesh(MESH.value))
+    config = model.config
+    if ROWS.value:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_rows=ROWS.value))
+    corpus = load_corpus(config.data, config.workdir)
+    with jax.set_mesh(model.mesh):
+        eval_step = make_eval_step(config.model, model.graphdef, corpus.tokenizer.token_bytes())
+        batches = run.evaluation_batches(config, corpus, model.mesh)
+        metrics = evaluate(eval_step, model.params, model.router_bias, model.mesh, batches)
+    print(f"step {model.step} of {WORKDIR.value} on {dict(model.mesh.shape)}")
+    print(evaluation_table(metrics))
+    if "eval/load" in metrics:
+        moe = config.model.moe
+        print(load_table(metrics["eval/load"], moe.first_dense + moe.every - 1, moe.every))
+    plain = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+    write_atomic(pathlib.Path(WORKDIR.value) / f"evaluation-{model.step}.json", json.dumps(plain, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,30 @@
+"""Trains a model: `python -m launch.train --config=configs/quickstart.py [--config.group.field=value ...]`.
+
+Running the same command again continues from the last checkpoint. configs/base.py says what each field does.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from launch import cli
+from moe_jax.config import from_dict
+from moe_jax.train import loop
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/base.py", "Config file, e.g. configs/quickstart.py.", lock_config=True
+)
+
+
+def main():
+    config = from_dict(CONFIG.value)
+    if not config.workdir:
+        name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).name.split(".py")[0]
+        config = dataclasses.replace(config, workdir=f"runs/{name}")
+    loop.train(config)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,62 @@
+"""Evaluation on every domain: loss, perplexity, bits per byte, and where the tokens went."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.config import ModelConfig
+from moe_jax.mesh import shard_batch
+from moe_jax.models.transformer import token_ids
+from moe_jax.train import objective as obj
+
+
+def make_eval_step(
+    config: ModelConfig, graphdef: nnx.GraphDef, token_bytes_V: np.ndarray
+) -> Callable[..., dict[str, jax.Array]]:
+    """The jitted `(params, router_bias, batch) -> sums`: nll, targets, bytes of the targets, and loads [L, E] for an MoE.
+
+    `token_bytes_V` is the number of text bytes of each token, padded to the model's vocabulary with zeros.
+    """
+    token_bytes_V = np.pad(token_bytes_V, (0, config.vocab_size - len(token_bytes_V))).astype(np.float32)
+
+    def eval_step(params, router_bias, batch):
+        batch = batch | {"token_id": token_ids(batch["tokens"])}
+        _, sums = obj.objective(params, router_bias, batch, None, obj.count(batch), graphdef=graphdef, config=config)
+        bytes_BS = jnp.asarray(token_bytes_V).at[batch["targets"]].get(out_sharding=jax.typeof(batch["targets"]).sharding)
+        counted = batch["loss_weights"]
+        result = {"nll": sums.nll, "targets": jnp.sum(counted), "bytes": jnp.sum(bytes_BS * counted)}
+        return result | ({"load": sums.aux.stats.load_E} if sums.aux is not None else {})
+
+    return jax.jit(eval_step)
+
+
+def evaluate(
+    eval_step: Callable[..., dict[str, jax.Array]],
+    params: dict,
+    router_bias: dict,
+    mesh: jax.sharding.Mesh,
+    batches_by_domain: Mapping[str, Iterable[dict[str, np.ndarray]]],
+) -> dict[str, float | np.ndarray]:
+    """Flat metrics: `eval/<domain>/loss` (nats per token), `/perplexity`, `/bits_per_byte`, the same for `eval/` over all domains
+    together, and `eval/load` [L, E] and `eval/<domain>/load`. Router noise is off."""
+    metrics, totals = {}, None
+    for domain, batches in batches_by_domain.items():
+        sums = None
+        for batch in batches:
+            new = jax.device_get(eval_step(params, router_bias, shard_batch(mesh, batch)))
+            sums = new if sums is None else jax.tree.map(np.add, sums, new)
+        metrics |= _figures(f"eval/{domain}/", sums)
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    return metrics | _figures("eval/", totals)
+
+
+def _figures(prefix, sums):
+    nll = float(sums["nll"]) / max(float(sums["targets"]), 1.0)
+    figures = {f"{prefix}loss": nll, f"{prefix}perplexity": math.exp(min(nll, 700.0))}
+    if sums["bytes"] > 0:
+        figures[f"{prefix}bits_per_byte"] = float(sums["nll"]) / math.log(2) / float(sums["bytes"])
+    return figures | ({f"{prefix}load": sums["load"]} if "load" in sums else {})

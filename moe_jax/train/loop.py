@@ -1,0 +1,223 @@
+"""Training from a config to a finished run folder.
+
+Everything a run needs to continue is in a checkpoint: parameters, optimizer, router bias, step (the key of every step's noise is a
+function of it) and the position in the data. A run continued from a checkpoint goes on bit for bit as if it had never stopped.
+"""
+
+import math
+import pathlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from moe_jax.analysis import summary
+from moe_jax.config import Config, ConfigError, to_dict
+from moe_jax.data.corpus import Corpus, load_corpus
+from moe_jax.data.pipeline import train_iterator
+from moe_jax.mesh import emulate_devices, make_mesh, shard_batch
+from moe_jax.models.decode import make_next_token, sample
+from moe_jax.train import run
+from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.evaluate import evaluate, make_eval_step
+from moe_jax.train.progress import Progress
+from moe_jax.train.run_info import write_run_info
+from moe_jax.train.state import TrainState, create
+from moe_jax.train.step import make_train_step
+from moe_jax.train.writers import MetricWriter
+
+
+class TrainingError(RuntimeError):
+    """A guard ended the run; the message names the step, the figure and the last good checkpoint."""
+
+
+@dataclass
+class _Run:
+    """What the steps share."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+    graphdef: nnx.GraphDef
+    train_step: Any
+    eval_step: Any
+    checkpoints: Checkpoints
+    iterator: Any
+    batches: dict[str, list[dict]]
+
+
+def train(config: Config) -> dict[str, float | np.ndarray]:
+    """Runs `config` in its `workdir` to the end, from its last checkpoint where there is one; returns the last evaluation.
+
+    Raises:
+      ConfigError: the config does not fit the devices, the data or the run folder; nothing has been compiled or written then.
+      TrainingError: the loss or the gradient norm is not finite.
+    """
+    run.check(config)
+    emulate_devices(config.mesh.emulate)
+    mesh = make_mesh(config)
+    with run.checkpoints(config) as checkpoints:
+        start = _where_to_start(config, checkpoints)
+        corpus = load_corpus(config.data, config.workdir)
+        config = run.with_vocabulary(config, corpus.tokenizer.vocab_size)
+        make_mesh(config)  # the vocabulary must divide over the tensor axis too
+        write_run_info(config.workdir, to_dict(config))
+        print(summary.opening(config, mesh, corpus))
+        with jax.set_mesh(mesh):
+            return _train(config, mesh, corpus, checkpoints, start)
+
+
+def _where_to_start(config, checkpoints):
+    latest, resume = checkpoints.latest(), config.train.resume
+    if resume == "never" and latest is not None:
+        raise ConfigError(
+            f"train.resume = 'never' and workdir = {config.workdir!r} already has a checkpoint of step {latest};"
+            " choose another workdir, or train.resume=auto to continue it."
+        )
+    if resume == "must" and latest is None:
+        raise ConfigError(f"train.resume = 'must' and workdir = {config.workdir!r} has no checkpoint; set train.resume=auto.")
+    if latest is not None and latest > config.train.steps:
+        raise ConfigError(
+            f"train.steps = {config.train.steps} is less than the {latest} steps that workdir = {config.workdir!r} has taken;"
+            " raise it, or choose another workdir."
+        )
+    return latest
+
+
+def _train(config, mesh, corpus, checkpoints, start):
+    graphdef, optimizer, state = create(config)
+    shared = _Run(
+        config,
+        mesh,
+        corpus,
+        graphdef,
+        make_train_step(config, graphdef, optimizer),
+        make_eval_step(config.model, graphdef, corpus.tokenizer.token_bytes()),
+        checkpoints,
+        train_iterator(
+            corpus.train,
+            config.data,
+            config.train.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        run.evaluation_batches(config, corpus, mesh),
+    )
+    last = {}
+    if start is not None:
+        state, extra = checkpoints.restore(start, run.abstract_state(config, mesh))
+        shared.iterator.set_state(extra["data"])
+        last = extra["metrics"]
+        print(f"continuing from step {start} of {config.workdir}")
+    if start != config.train.steps:
+        state, last = _steps(shared, state, start or 0)
+    return _finish(shared, state, last)
+
+
+def _steps(shared: _Run, state: TrainState, start: int):
+    """Steps start + 1 to the end. A step's metrics are looked at after the next step is dispatched, so the devices never wait."""
+    config = shared.config.train
+    key = jax.random.key(config.seed)
+    tokens = shared.config.data.batch_size * shared.config.data.seq_len
+    evaluation, pending, clock = {}, None, _Clock(tokens, start)
+    with (
+        MetricWriter(shared.config.workdir, config.tensorboard, start or None) as writer,
+        Progress(config.steps, tokens, start) as progress,
+    ):
+        for done in range(start + 1, config.steps + 1):
+            batch = next(shared.iterator)
+            batch = shard_batch(shared.mesh, {name: batch[name] for name in run.BATCH_FIELDS})
+            state, metrics = shared.train_step(state, batch, key)
+            if pending is not None:
+                _refuse_non_finite(shared, *pending)
+            pending = (done, metrics)
+            last = done == config.steps
+            logs, evaluates, saves = (
+                last or done % every == 0 for every in (config.log_every, config.eval_every, config.checkpoint_every)
+            )
+            if done == start + 1:  # compiled: from here on the clock counts
+                jax.block_until_ready(metrics)
+                clock.restart(done)
+            if not (logs or evaluates or saves):
+                continue
+            _refuse_non_finite(shared, *pending)
+            pending, record = None, {}
+            if logs:
+                speed = clock.tokens_per_second(done)
+                record = jax.device_get(metrics) | {"train/tokens_per_second": speed}
+                progress.update(done, float(record["train/loss"]), speed)
+            if evaluates:
+                evaluation = _evaluate(shared, state)
+                record |= evaluation
+                progress.message(f"step {done} validation loss {evaluation['eval/loss']:.4f}")
+            if record:
+                writer.write(done, record)
+            if saves:
+                figures = {name: value for name, value in evaluation.items() if np.ndim(value) == 0} if evaluates else {}
+                shared.checkpoints.save(done, state, {"data": shared.iterator.get_state(), "metrics": figures})
+            if evaluates or saves:
+                clock.restart(done)
+    return state, evaluation
+
+
+class _Clock:
+    """Tokens per second between looks, without what is not training (compilation, evaluation, checkpoints)."""
+
+    def __init__(self, tokens_per_step, step):
+        self._tokens_per_step = tokens_per_step
+        self.restart(step)
+
+    def restart(self, step):
+        self._step, self._time = step, time.perf_counter()
+
+    def tokens_per_second(self, step):
+        seconds, steps = time.perf_counter() - self._time, step - self._step
+        self.restart(step)
+        return steps * self._tokens_per_step / seconds
+
+
+def _refuse_non_finite(shared, step, metrics):
+    """Stops the run when a step's loss or gradients are not finite: no checkpoint is made of such a step."""
+    loss, norm = jax.device_get((metrics["train/loss"], metrics["train/gradient_norm"]))
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    good = shared.checkpoints.latest()
+    where = "there is none" if good is None else str(shared.checkpoints.folder / str(good))
+    raise TrainingError(
+        f"step {step}: loss = {loss}, gradient norm = {norm}; the run is stopped. Last good checkpoint: {where}."
+        " Lower optimizer.learning_rate or optimizer.clip_norm, or set model.dtype=float32, and run again."
+    )
+
+
+def _evaluate(shared, state):
+    return evaluate(shared.eval_step, state.params, state.router_bias, shared.mesh, shared.batches)
+
+
+def _finish(shared: _Run, state: TrainState, evaluation):
+    shared.checkpoints.wait()
+    if not any(np.ndim(value) for value in evaluation.values()) and shared.config.model.num_moe_layers:
+        evaluation = _evaluate(shared, state)  # a finished run started again: its loads are not in the checkpoint
+    text = ""
+    if shared.config.train.sample_tokens:
+        tokenizer = shared.corpus.tokenizer
+        next_token = make_next_token(shared.graphdef, tokenizer.vocab_size, temperature=0.8, top_k=0, top_p=0.95)
+        prompt = [np.asarray([tokenizer.eot], np.int32)]
+        tokens = sample(
+            next_token,
+            state.params,
+            state.router_bias,
+            shared.mesh,
+            prompt,
+            shared.config.train.sample_tokens,
+            window=shared.config.data.seq_len,
+            seed=shared.config.train.seed,
+            stop=tokenizer.eot,
+        )
+        text = tokenizer.decode(tokens[0])
+    print(summary.closing(shared.config, shared.corpus, evaluation, text))
+    if text:
+        (pathlib.Path(shared.config.workdir) / "sample.txt").write_text(text, encoding="utf-8")
+    return evaluation

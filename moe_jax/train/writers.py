@@ -1,0 +1,104 @@
+"""Metrics on disk: one JSON object a step in `metrics.jsonl`, scalars in TensorBoard too."""
+
+import json
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+
+from moe_jax.train.files import write_atomic
+
+
+class MetricWriter:
+    """Appends a run's metrics, a context manager. In a run of several processes only the first one writes.
+
+    `metrics.jsonl` has lines {"step": 10, "train/loss": 2.5, "moe/load": [[...]]}; numbers that are not finite stand as null.
+    Steps increase, so a step stands once, also in a run that was killed and resumed.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, tensorboard: bool = True, resume_step: int | None = None):
+        """
+        Args:
+          workdir: the run's folder; made if absent.
+          tensorboard: write scalars to `workdir/tensorboard` as well.
+          resume_step: the step of the checkpoint the run goes on from: what was logged after it is cut off. None starts anew.
+        """
+        self._file = self._tensorboard = None
+        self._last = -1 if resume_step is None else resume_step
+        if jax.process_index() != 0:
+            return
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        write_atomic(path, "".join(_lines_up_to(path, resume_step)))
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            # an event file of its own a start; purge_step hides what earlier ones hold from that step on
+            self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=self._last + 1)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one step: numbers and strings to both files (strings to JSON only), arrays as lists to `metrics.jsonl`.
+
+        Raises:
+          ValueError: `step` is not after the last one written (or resumed from), or a metric is named "step".
+        """
+        if step <= self._last:
+            raise ValueError(f"Metrics of step {step} come after those of step {self._last}; write every step once, in order.")
+        if "step" in metrics:
+            raise ValueError('A metric is named "step", which is the name of the step itself; rename it.')
+        self._last = step
+        if self._file is None:
+            return
+        plain = {name: _plain(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step} | {name: _finite(value) for name, value in plain.items()}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in plain.items():
+                if isinstance(value, int | float):
+                    self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _lines_up_to(path, step):
+    """The whole lines of an earlier start up to `step`; a line that a kill cut short is left out."""
+    if step is None or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= step
+        except (json.JSONDecodeError, KeyError, TypeError):
+            logging.warning("Left out an unreadable line of %s: %.60s", path, line)
+            continue
+        if keep:
+            kept.append(line + "\n")
+    return kept
+
+
+def _plain(value):
+    """Python numbers, strings and nested lists from those, NumPy's and JAX's."""
+    return value if isinstance(value, str) else np.asarray(value).tolist()
+
+
+def _finite(value):
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
