@@ -39,15 +39,17 @@ def closing(config: Config, corpus: Corpus, evaluation: dict, text: str) -> str:
     """Validation loss beside the unigram entropy, expert loads, a sample, where everything is, and what to try next."""
     loss, entropy = evaluation["eval/loss"], corpus.unigram_entropy()[0]
     scalars = {name: value for name, value in evaluation.items() if np.ndim(value) == 0}
+    learned = f"{entropy - loss:.3f} nats were learned from context" if loss < entropy else "the model is not below it yet"
     parts = [
         f"Validation\n{evaluation_table(scalars)}",
         f"Validation loss {loss:.3f} nats per token; the unigram entropy, the best a model can do that sees no context, is"
-        f" {entropy:.3f}: {entropy - loss:.3f} nats were learned from context.",
+        f" {entropy:.3f}: {learned}.",
     ]
     if "eval/load" in evaluation:
         moe = config.model.moe
         table = load_table(evaluation["eval/load"], moe.first_dense + moe.every - 1, moe.every)
-        parts.append(f"Expert load in validation, 1.00 = an equal share (MaxVio = largest - 1)\n{table}")
+        dropped = f"{evaluation['eval/dropped_fraction']:.2%} of the assignments dropped"
+        parts.append(f"Expert load in validation, 1.00 = an equal share (MaxVio = largest - 1), {dropped}\n{table}")
     if text:
         parts.append(f"Sample (temperature 0.8)\n{text}")
     return "\n\n".join(["", *parts, _files(config), _next(config)])

@@ -6,18 +6,20 @@ dropped keeps its other choices' answers with the weights the router gave them; 
 """
 
 import functools
+import logging
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import jax
-from absl import logging
 from jax.typing import DTypeLike
 
 from moe_jax.dispatch.contract import ExpertFn, Stats, make_stats
 from moe_jax.dispatch.slots import claim_keys, claim_slots, combine_rows, fill_rows
 from moe_jax.routing.contract import Routing
+
+_LOG = logging.getLogger(__name__)
 
 
 class Group(NamedTuple):
@@ -78,4 +80,4 @@ class CapacityDispatch:
 def _log_capacity(group: Group, factor: float, rows: int) -> None:
     tokens, choices, experts = group
     message = "capacity: %g x %d tokens x %g / %d experts, rounded up: %d rows an expert"
-    logging.info(message, factor, tokens, float(choices), experts, rows)
+    _LOG.info(message, factor, tokens, float(choices), experts, rows)

@@ -1,9 +1,9 @@
 """Which exchange a run uses."""
 
 import functools
+import logging
 from collections.abc import Callable
 
-from absl import logging
 from jax.typing import DTypeLike
 
 from moe_jax.config import MoEConfig
@@ -11,6 +11,8 @@ from moe_jax.dispatch import make_dispatch
 from moe_jax.exchange.all_gather import AllGather
 from moe_jax.exchange.all_to_all import AllToAll
 from moe_jax.exchange.contract import Exchange
+
+_LOG = logging.getLogger(__name__)
 
 EXCHANGES: dict[str, Callable[[MoEConfig, int, DTypeLike | None], Exchange]] = {
     "local": lambda moe, axis_size, dtype: make_dispatch(moe, out_dtype=dtype),  # all experts are here
@@ -36,4 +38,4 @@ def make_exchange(moe: MoEConfig, axis_size: int, out_dtype: DTypeLike | None = 
 @functools.cache  # once for each choice
 def _log_choice(name: str, wish: str, dispatch: str, axis_size: int, factor: float) -> None:
     buffers = f", buffers of {factor:g} x the balanced rows" if factor and name == "all_to_all" else ""
-    logging.info("exchange: %s (asked for: %s), expert axis %d, dispatch %s%s", name, wish, axis_size, dispatch, buffers)
+    _LOG.info("exchange: %s (asked for: %s), expert axis %d, dispatch %s%s", name, wish, axis_size, dispatch, buffers)

@@ -1,16 +1,18 @@
 """One matrix product per group of rows, behind one signature, and the test that every implementation must pass."""
 
 import functools
+import logging
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from moe_jax.config import ConfigError
 from moe_jax.ops.grouped_matmul_cpu import grouped_matmul_cpu
 from moe_jax.ops.varying import vary_alike
+
+_LOG = logging.getLogger(__name__)
 
 
 def grouped_matmul_reference(x_AD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -68,7 +70,7 @@ def _auto(platform: str) -> str:
     why = (
         "made for it" if platform == "cpu" else "the only fast backend that runs everywhere; it has no kernel for this platform"
     )
-    logging.info("grouped_matmul: backend 'cpu' on platform '%s': row blocks of plain JAX, %s.", platform, why)
+    _LOG.info("grouped_matmul: backend 'cpu' on platform '%s': row blocks of plain JAX, %s.", platform, why)
     return "cpu"
 
 

@@ -29,7 +29,11 @@ def make_eval_step(
         bytes_BS = jnp.asarray(token_bytes_V).at[batch["targets"]].get(out_sharding=jax.typeof(batch["targets"]).sharding)
         counted = batch["loss_weights"]
         result = {"nll": sums.nll, "targets": jnp.sum(counted), "bytes": jnp.sum(bytes_BS * counted)}
-        return result | ({"load": sums.aux.stats.load_E} if sums.aux is not None else {})
+        if sums.aux is not None:
+            stats = sums.aux.stats
+            dropped_L = stats.dropped_capacity + stats.dropped_sender + stats.dropped_receiver
+            result |= {"load": stats.load_E, "dropped": jnp.sum(dropped_L)}
+        return result
 
     return jax.jit(eval_step)
 
@@ -42,16 +46,21 @@ def evaluate(
     batches_by_domain: Mapping[str, Iterable[dict[str, np.ndarray]]],
 ) -> dict[str, float | np.ndarray]:
     """Flat metrics: `eval/<domain>/loss` (nats per token), `/perplexity`, `/bits_per_byte`, the same for `eval/` over all domains
-    together, and `eval/load` [L, E] and `eval/<domain>/load`. Router noise is off."""
+    together, and `eval/load` [L, E] and `eval/dropped_fraction` (both by domain too). Router noise is off."""
     metrics, totals = {}, None
     for domain, batches in batches_by_domain.items():
         sums = None
         for batch in batches:
-            new = jax.device_get(eval_step(params, router_bias, shard_batch(mesh, batch)))
+            new = jax.tree.map(_widen, jax.device_get(eval_step(params, router_bias, shard_batch(mesh, batch))))
             sums = new if sums is None else jax.tree.map(np.add, sums, new)
         metrics |= _figures(f"eval/{domain}/", sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
     return metrics | _figures("eval/", totals)
+
+
+def _widen(x):
+    """Counts and sums of many batches: int64 and float64 on the host."""
+    return x.astype(np.int64 if x.dtype.kind == "i" else np.float64)
 
 
 def _figures(prefix, sums):
@@ -59,4 +68,9 @@ def _figures(prefix, sums):
     figures = {f"{prefix}loss": nll, f"{prefix}perplexity": math.exp(min(nll, 700.0))}
     if sums["bytes"] > 0:
         figures[f"{prefix}bits_per_byte"] = float(sums["nll"]) / math.log(2) / float(sums["bytes"])
-    return figures | ({f"{prefix}load": sums["load"]} if "load" in sums else {})
+    if "load" in sums:
+        figures |= {
+            f"{prefix}load": sums["load"],
+            f"{prefix}dropped_fraction": float(sums["dropped"]) / max(float(np.sum(sums["load"])), 1.0),
+        }
+    return figures

@@ -1,4 +1,4 @@
-"""Metrics on disk: one JSON object a step in `metrics.jsonl`, scalars in TensorBoard too."""
+"""Metrics on disk: one JSON object a step in `metrics.jsonl`, scalars and per-layer figures in TensorBoard too."""
 
 import json
 import logging
@@ -14,6 +14,8 @@ import tensorboardX
 
 from moe_jax.train.files import write_atomic
 
+_LOG = logging.getLogger(__name__)
+
 
 class MetricWriter:
     """Appends a run's metrics, a context manager. In a run of several processes only the first one writes.
@@ -26,7 +28,7 @@ class MetricWriter:
         """
         Args:
           workdir: the run's folder; made if absent.
-          tensorboard: write scalars to `workdir/tensorboard` as well.
+          tensorboard: write scalars and lists over layers to `workdir/tensorboard` as well.
           resume_step: the step of the checkpoint the run goes on from: what was logged after it is cut off. None starts anew.
         """
         self._file = self._tensorboard = None
@@ -43,7 +45,7 @@ class MetricWriter:
             self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=self._last + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one step: numbers and strings to both files (strings to JSON only), arrays as lists to `metrics.jsonl`.
+        """Writes one step: all of it to `metrics.jsonl`, numbers and lists over layers [L] to TensorBoard too.
 
         Raises:
           ValueError: `step` is not after the last one written (or resumed from), or a metric is named "step".
@@ -60,8 +62,8 @@ class MetricWriter:
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in plain.items():
-                if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(name, value, step)
+                for scalar, number in _scalars(name, value):
+                    self._tensorboard.add_scalar(scalar, number, step)
 
     def close(self) -> None:
         """Flushes and closes both files."""
@@ -86,11 +88,20 @@ def _lines_up_to(path, step):
         try:
             keep = json.loads(line)["step"] <= step
         except (json.JSONDecodeError, KeyError, TypeError):
-            logging.warning("Left out an unreadable line of %s: %.60s", path, line)
+            _LOG.warning("Left out an unreadable line of %s: %.60s", path, line)
             continue
         if keep:
             kept.append(line + "\n")
     return kept
+
+
+def _scalars(name, value):
+    """A number as it is, a list over layers as one number a layer; nothing of larger arrays and strings."""
+    if isinstance(value, int | float):
+        yield name, value
+    elif isinstance(value, list) and not any(isinstance(v, list) for v in value):
+        for layer, number in enumerate(value):
+            yield f"{name}/layer_{layer}", number
 
 
 def _plain(value):

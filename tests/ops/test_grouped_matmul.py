@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tolerance import assert_close
@@ -111,7 +110,7 @@ def test_the_loops_update_their_buffers_in_place():
 
 def test_auto_logs_its_choice_once(monkeypatch):
     lines = []
-    monkeypatch.setattr(logging, "info", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(gm._LOG, "info", lambda text, *args: lines.append(text % args))
     gm._auto.cache_clear()
     assert [gm.choose_backend("auto"), gm.choose_backend("auto")] == ["cpu", "cpu"]
     assert len(lines) == 1

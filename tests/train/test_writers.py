@@ -48,10 +48,14 @@ def test_scalars_and_arrays_are_exact_json(tmp_path):
     assert second == {"step": 3, "loss": None, "each": [1.0, None]}
 
 
-def test_scalars_alone_go_to_tensorboard(tmp_path):
+def test_scalars_and_layers_go_to_tensorboard_and_larger_arrays_do_not(tmp_path):
     with MetricWriter(tmp_path) as writer:
-        writer.write(4, {"loss": 2.5, "moe/load": np.ones((2, 2)), "note": "x"})
-    assert [e for e in events(tmp_path) if e[1]] == [(4, "loss", 2.5)]
+        writer.write(4, {"loss": 2.5, "moe/load": np.ones((2, 2)), "note": "x", "violation": np.array([0.5, 0.25])})
+    assert [e for e in events(tmp_path) if e[1]] == [
+        (4, "loss", 2.5),
+        (4, "violation/layer_0", 0.5),
+        (4, "violation/layer_1", 0.25),
+    ]
 
 
 def test_no_tensorboard_folder_unless_asked(tmp_path):
