@@ -11,6 +11,7 @@ import ast
 from ml_collections import ConfigDict
 
 from moe_jax import routing
+from moe_jax.config import ConfigError
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -53,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     moe.balance_loss_accumulation = "exact"  # under accumulation: exact (one more forward pass) | running (approximate)
     moe.z_loss_weight = 0.0  # weight of mean(logsumexp(router logits)^2), ST-MoE's 1e-3; summed over layers
     moe.dispatch = "dropless"  # dropless (grouped matmul) | capacity (fixed buffers, drops counted) | einsum (the oracle; slow)
-    moe.capacity_factor = 1.25  # for capacity and einsum dispatch: C = ceil(factor * T * K / E); includes K
+    moe.capacity_factor = 1.25  # for capacity dispatch: C = ceil(factor * T * K / E); includes K
     moe.capacity_priority = "position"  # who keeps a full buffer's rows: position (first choices first) | probability
     moe.exchange = "auto"  # over the expert axis: all_to_all | all_gather; auto = all_to_all, nothing on one device
     moe.exchange_factor = 0.0  # rows per peer in all_to_all = ceil(factor * T * K / n), overflow counted; 0 = worst case, exact
@@ -116,7 +117,7 @@ def override(config: ConfigDict, arg: str) -> ConfigDict:
 
     Raises:
       AttributeError: no such field; the message names the nearest.
-      ValueError: an item is neither.
+      ConfigError: an item is neither.
     """
     config.lock()
     for item in filter(None, (part.strip() for part in (arg or "").split(","))):
@@ -126,7 +127,7 @@ def override(config: ConfigDict, arg: str) -> ConfigDict:
         elif equals:
             _set(config, name, _parse(value))
         else:
-            raise ValueError(f"config argument {item!r} is neither 'debug' nor group.field=value.")
+            raise ConfigError(f"config argument {item!r} is neither 'debug' nor group.field=value.")
     return config.unlock()
 
 

@@ -11,22 +11,20 @@ import pathlib
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from launch import cli
 from moe_jax.analysis import bench_grouped_matmul, bench_train
 from moe_jax.analysis.tables import row_table
-from moe_jax.config import from_dict
 from moe_jax.train.files import write_atomic
 from moe_jax.train.run_info import git_commit
 
 BENCHMARKS = {
     "grouped_matmul": lambda: bench_grouped_matmul.rows(repeats=REPEATS.value),
-    "train": lambda: bench_train.rows(from_dict(CONFIG.value), REPEATS.value),
+    "train": lambda: bench_train.rows(cli.read_config(CONFIG), REPEATS.value),
 }
 OUT = flags.DEFINE_string("out", "bench", "Folder for NAME.json.")
 REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each contender.", lower_bound=1)
-CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Config of the train benchmark.", lock_config=True)
+CONFIG = cli.define_config("configs/quickstart.py", "Config of the train benchmark.")
 
 
 def main(name: str):

@@ -1,17 +1,25 @@
 """What the programs share: refusals in one sentence, the project's own log lines, and a mesh written on the command line."""
 
+import contextlib
 import ctypes
 import logging
+import pathlib
+import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import absl.logging
 from absl import app, flags
+from ml_collections import config_flags
 
-from moe_jax.config import ConfigError, MeshConfig
+from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
 from moe_jax.data.documents import DataError
 from moe_jax.train.checkpoint import CheckpointError
 from moe_jax.train.loop import TrainingError
+
+flags.disclaim_key_flags()  # a flag defined here belongs to the program that asked for it
 
 REFUSALS = (ConfigError, DataError, CheckpointError, TrainingError)
 
@@ -35,10 +43,60 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
         except REFUSALS as refusal:
             if absl.logging.get_verbosity() > 0:
                 raise
-            print(f"error: {refusal}", file=sys.stderr)
-            sys.exit(2)
+            _refuse(str(refusal))
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def define_config(default: str, description: str) -> flags.FlagHolder:
+    """The flag --config, whose value `read_config` gives; with it come --config.group.field, which are looked up here already."""
+    with _refusing_flags():
+        return config_flags.DEFINE_config_file("config", default, description, lock_config=True)
+
+
+def read_config(flag: flags.FlagHolder) -> Config:
+    """The validated config of a flag made by `define_config`. Raises ConfigError."""
+    with _refusing_flags():
+        return from_dict(flag.value)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses the flags; what is wrong with them is one sentence too, and help is not a failure."""
+    with _refusing_flags():
+        try:
+            return flags.FLAGS(argv)
+        except SystemExit:  # absl's, after it has printed the help
+            sys.exit(0)
+
+
+@contextlib.contextmanager
+def _refusing_flags():
+    """What absl and ml_collections raise over flags, as one sentence."""
+    try:
+        yield
+    except OSError as error:  # a config file that cannot be opened is told at its first use
+        _refuse(f"--config: {str(error).splitlines()[-1].strip()}; give a config file, e.g. configs/quickstart.py.")
+    except flags.Error as error:
+        refusals = [e for e in _causes(error) if isinstance(e, ConfigError)]
+        _refuse(str(refusals[-1] if refusals else error))
+    except (AttributeError, KeyError) as error:
+        if pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name != "config_dict":
+            raise  # a fault in a config file's own code, not a field that a config does not have
+        field = re.search(r"^\W*(?:Key \W)?(\w+)", str(error))[1]
+        near = re.search(r'mean "(\w+)"', str(error))
+        hint = f"did you mean {near[1]!r}?" if near else "configs/base.py has them all."
+        _refuse(f"the config has no field {field!r}; {hint}")
+
+
+def _causes(error):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _keep_freed_memory():

@@ -10,16 +10,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import cli
-from moe_jax.config import from_dict
 from moe_jax.train import loop
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/base.py", "Config file, e.g. configs/quickstart.py.", lock_config=True
-)
+CONFIG = cli.define_config("configs/base.py", "Config file, e.g. configs/quickstart.py; then --config.group.field=value.")
 
 
 def main():
-    config = from_dict(CONFIG.value)
+    config = cli.read_config(CONFIG)
     if not config.workdir:
         name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).name.split(".py")[0]
         config = dataclasses.replace(config, workdir=f"runs/{name}")

@@ -135,6 +135,11 @@ def _check_training(config):
         raise ConfigError(
             "data.paths is empty while data.corpus = 'files'; give one or more globs of text, JSONL or .bin files."
         )
+    if config.data.corpus != "files" and config.data.paths:
+        raise ConfigError(
+            f"data.paths = {config.data.paths} is given while data.corpus = {config.data.corpus!r}; set data.corpus=files to read"
+            " them."
+        )
     if config.optimizer.warmup_steps > config.train.steps:
         raise ConfigError(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than train.steps = {config.train.steps};"

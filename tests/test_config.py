@@ -53,7 +53,7 @@ def test_round_trip_through_plain_types():
 
 def test_command_line_style_override_reaches_the_dataclass():
     config = base.get_config("debug,train.steps=7,model.moe.router.deepseek.scale=2.5")
-    config.data.paths = ("a", "b")
+    config.data.update(corpus="files", paths=("a", "b"))
     built = from_dict(config)
     assert built.train.steps == 7
     assert built.model.moe.router.options["scale"] == 2.5
@@ -86,6 +86,10 @@ REFUSED = {
     "zero axis": (dict(mesh__expert=0), r"mesh\.expert = 0 must be at least 1"),
     "accumulation": (dict(train__accumulation=3), r"data\.batch_size = 16 is not a multiple of train\.accumulation = 3"),
     "no files": (dict(data__corpus="files"), r"data\.paths is empty"),
+    "files not asked for": (
+        dict(data__paths=("a.txt",)),
+        r"data\.paths = \('a\.txt',\) is given while data\.corpus = 'builtin'",
+    ),
     "warm-up": (dict(optimizer__warmup_steps=2000), r"warmup_steps = 2000 is more than train\.steps = 1000"),
     "final fraction": (dict(optimizer__final_fraction=1.5), r"final_fraction = 1\.5 must be between 0 and 1"),
     "expert width": (dict(model__moe__d_ff=0), r"model\.moe\.d_ff = 0 must be greater than 0"),

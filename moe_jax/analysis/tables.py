@@ -39,7 +39,7 @@ def row_table(rows: list[dict]) -> str:
     def show(value):
         return (
             f"{value:,.0f}"
-            if isinstance(value, float) and abs(value) >= 1e4
+            if isinstance(value, float) and abs(value) >= 1e3
             else f"{value:.4g}"
             if isinstance(value, float)
             else str(value)

@@ -78,8 +78,8 @@ class Corpus:
 def load_corpus(config: DataConfig, workdir: str = "") -> Corpus:
     """Reads the corpus that the config names, or maps it from the cache.
 
-    The tokenizer is saved in `workdir`/tokenizer; a run that finds one there uses it, so that a resumed run keeps its ids even
-    when the text a BPE learned from has changed. An empty `workdir` saves nothing.
+    A run that finds a tokenizer in `workdir` (`save_tokenizer`) uses it, so that a trained model keeps its ids even when the text
+    a BPE learned from has changed. Nothing is written there.
 
     Raises:
       DataError: files, packages or folders that cannot be used, or too few documents to split.
@@ -99,6 +99,12 @@ def load_corpus(config: DataConfig, workdir: str = "") -> Corpus:
 
     splits = tokenized.cached(folder / f"tokens-{both}", build)
     return Corpus(config.corpus, splits["train"], splits["validation"], tokenizer, both)
+
+
+def save_tokenizer(tokenizer: Tokenizer, workdir: str) -> None:
+    """Keeps the tokenizer with the run, in `workdir`/tokenizer; one that is there stays."""
+    if not (Path(workdir) / "tokenizer").is_dir():
+        cache.publish(Path(workdir) / "tokenizer", tokenizer.save)
 
 
 def _source(config: DataConfig) -> Source:
@@ -148,8 +154,6 @@ def _tokenizer(config: DataConfig, folder: Path, workdir: str, fingerprint: str,
             trained = tokenizers.train_bpe(_sample(documents()[0]), config.bpe_vocab_size)
             cache.publish(target, trained.save)
         tokenizer = tokenizers.load(target)
-    if saved:
-        cache.publish(saved, tokenizer.save)
     return tokenizer
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.config import ConfigError
 from moe_jax.mesh import data_shards, shard_batch
 
 
@@ -29,13 +30,13 @@ def filter_logits(logits_BV: jax.Array, *, temperature: float, top_k: int, top_p
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises ValueError when a sampling parameter is out of range."""
+    """Raises ConfigError when a sampling parameter is out of range."""
     if temperature < 0:
-        raise ValueError(f"temperature = {temperature} must be 0 (greedy) or more.")
+        raise ConfigError(f"temperature = {temperature} must be 0 (greedy) or more.")
     if top_k < 0:
-        raise ValueError(f"top_k = {top_k} must be 0 (all tokens) or more.")
+        raise ConfigError(f"top_k = {top_k} must be 0 (all tokens) or more.")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p} must be more than 0 and at most 1.")
+        raise ConfigError(f"top_p = {top_p} must be more than 0 and at most 1.")
 
 
 def make_next_token(

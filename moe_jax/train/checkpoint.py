@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from moe_jax.train.paths import leaf_names
 
+_LOG = logging.getLogger(__name__)
 _WRITTEN_LAST = "_CHECKPOINT_METADATA"  # by Orbax, with the time of the commit
 _NAMES = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
 _NEEDED = ("state/_METADATA", "state/manifest.ocdbt", "extra/metadata")
@@ -89,7 +90,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step of the complete checkpoint with the smallest `best_metric`, the newest of equals, None when none has it."""
-        ranks = {step: _rank(self._read_extra(step), self._best_metric) for step in self._steps()}
+        ranks = {step: _rank(self.read_extra(step), self._best_metric) for step in self._steps()}
         finite = [(rank, -step) for step, rank in ranks.items() if rank < math.inf]
         return -min(finite)[1] if finite else None
 
@@ -112,13 +113,19 @@ class Checkpoints:
         wanted = _by_name(abstract_state)
         targets = {name: _target(leaf) for name, leaf in wanted.items()}
         path = self.folder / str(step)
-        handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler())
+        handler = ocp.CompositeCheckpointHandler(
+            state=ocp.StandardCheckpointHandler(), extra=ocp.JsonCheckpointHandler(), metrics=ocp.JsonCheckpointHandler()
+        )
         with ocp.Checkpointer(handler) as checkpointer:
             _check_fit(_by_name(checkpointer.metadata(path).item_metadata["state"].tree), targets, path)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(_nest(targets)))
             arrays = _by_name(checkpointer.restore(path, args=args)["state"])
         leaves = [_data_to_key(arrays[name], leaf) for name, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), self._read_extra(step)
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), self.read_extra(step)
+
+    def read_extra(self, step: int) -> dict[str, Any]:
+        """The `extra` given to `save`, without reading arrays; `step` is of a complete checkpoint."""
+        return json.loads((self.folder / str(step) / "extra" / "metadata").read_text())
 
     def wait(self) -> None:
         """Returns when the save under way is on disk; raises its error if it failed."""
@@ -164,7 +171,7 @@ class Checkpoints:
         for entry in self._half_written():
             if entry.name not in self._reported:
                 self._reported.add(entry.name)
-                logging.warning("Skipped %s: a checkpoint that is half-written, or still being written.", entry)
+                _LOG.warning("Skipped %s: a checkpoint that is half-written, or still being written.", entry)
         return sorted(int(entry.name) for entry in self._entries() if _is_complete(entry))
 
     def _half_written(self):
@@ -175,9 +182,6 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         return [entry for entry in self.folder.iterdir() if entry.is_dir() and _NAMES.fullmatch(entry.name)]
-
-    def _read_extra(self, step):
-        return json.loads((self.folder / str(step) / "extra" / "metadata").read_text())
 
 
 def _is_complete(entry: pathlib.Path) -> bool:

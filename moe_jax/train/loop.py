@@ -16,7 +16,7 @@ from flax import nnx
 
 from moe_jax.analysis import summary
 from moe_jax.config import Config, ConfigError, to_dict
-from moe_jax.data.corpus import Corpus, load_corpus
+from moe_jax.data.corpus import Corpus, load_corpus, save_tokenizer
 from moe_jax.data.pipeline import train_iterator
 from moe_jax.mesh import emulate_devices, make_mesh, shard_batch
 from moe_jax.models.decode import make_next_token, sample
@@ -47,13 +47,15 @@ class _Run:
     checkpoints: Checkpoints
     iterator: Any
     batches: dict[str, list[dict]]
+    origin: dict[str, str | int]
 
 
 def train(config: Config) -> dict[str, float | np.ndarray]:
     """Runs `config` in its `workdir` to the end, from its last checkpoint where there is one; returns the last evaluation.
 
     Raises:
-      ConfigError: the config does not fit the devices, the data or the run folder; nothing has been compiled or written then.
+      ConfigError, DataError, CheckpointError: the config does not fit the devices, the data or the run folder, in which nothing
+        has been written then.
       TrainingError: the loss or the gradient norm is not finite.
     """
     run.check(config)
@@ -64,7 +66,8 @@ def train(config: Config) -> dict[str, float | np.ndarray]:
         corpus = load_corpus(config.data, config.workdir)
         config = run.with_vocabulary(config, corpus.tokenizer.vocab_size)
         make_mesh(config)  # the vocabulary must divide over the tensor axis too
-        write_run_info(config.workdir, to_dict(config))
+        if start is not None:
+            _refuse_other_origin(config.workdir, start, checkpoints.read_extra(start)["origin"], _origin(config, corpus))
         print(summary.opening(config, mesh, corpus))
         with jax.set_mesh(mesh):
             return _train(config, mesh, corpus, checkpoints, start)
@@ -87,7 +90,33 @@ def _where_to_start(config, checkpoints):
     return latest
 
 
+def _origin(config, corpus):
+    """What decides which rows come in which order, by the name of its field; a run cannot go on with another one."""
+    return {
+        "the fingerprint of data.corpus": corpus.fingerprint,
+        "data.seq_len": config.data.seq_len,
+        "data.batch_size": config.data.batch_size,
+        "train.seed": config.train.seed,
+    }
+
+
+def _refuse_other_origin(workdir, step, then, now):
+    for field, value in now.items():
+        if value != then[field]:
+            raise ConfigError(
+                f"{field} is {value!r} and was {then[field]!r} in the {step} steps that workdir = {workdir!r} has taken;"
+                " set it back to continue that run, or choose another workdir."
+            )
+
+
 def _train(config, mesh, corpus, checkpoints, start):
+    iterator = train_iterator(
+        corpus.train,
+        config.data,
+        config.train.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     graphdef, optimizer, state = create(config)
     shared = _Run(
         config,
@@ -97,24 +126,20 @@ def _train(config, mesh, corpus, checkpoints, start):
         make_train_step(config, graphdef, optimizer),
         make_eval_step(config.model, graphdef, corpus.tokenizer.token_bytes()),
         checkpoints,
-        train_iterator(
-            corpus.train,
-            config.data,
-            config.train.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
+        iterator,
         run.evaluation_batches(config, corpus, mesh),
+        _origin(config, corpus),
     )
-    last = {}
     if start is not None:
-        state, extra = checkpoints.restore(start, run.abstract_state(config, mesh))
-        shared.iterator.set_state(extra["data"])
-        last = extra["metrics"]
+        state = run.abstract_state(config, mesh)  # frees the fresh state before the saved one is read
+        state, extra = checkpoints.restore(start, state)
+        iterator.set_state(extra["data"])
         print(f"continuing from step {start} of {config.workdir}")
-    if start != config.train.steps:
-        state, last = _steps(shared, state, start or 0)
-    return _finish(shared, state, last)
+    write_run_info(config.workdir, to_dict(config))  # nothing is refused from here on
+    save_tokenizer(corpus.tokenizer, config.workdir)
+    if start == config.train.steps:
+        return _finish(shared, state, _evaluate(shared, state))
+    return _finish(shared, *_steps(shared, state, start or 0))
 
 
 def _steps(shared: _Run, state: TrainState, start: int):
@@ -157,7 +182,8 @@ def _steps(shared: _Run, state: TrainState, start: int):
                 writer.write(done, record)
             if saves:
                 figures = {name: value for name, value in evaluation.items() if np.ndim(value) == 0} if evaluates else {}
-                shared.checkpoints.save(done, state, {"data": shared.iterator.get_state(), "metrics": figures})
+                extra = {"data": shared.iterator.get_state(), "metrics": figures, "origin": shared.origin}
+                shared.checkpoints.save(done, state, extra)
             if evaluates or saves:
                 clock.restart(done)
     return state, evaluation
@@ -198,8 +224,6 @@ def _evaluate(shared, state):
 
 def _finish(shared: _Run, state: TrainState, evaluation):
     shared.checkpoints.wait()
-    if not any(np.ndim(value) for value in evaluation.values()) and shared.config.model.num_moe_layers:
-        evaluation = _evaluate(shared, state)  # a finished run started again: its loads are not in the checkpoint
     text = ""
     if shared.config.train.sample_tokens:
         tokenizer = shared.corpus.tokenizer

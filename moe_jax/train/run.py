@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
 from moe_jax.data.corpus import Corpus
@@ -17,6 +18,7 @@ from moe_jax.mesh import data_shards, emulate_devices, make_mesh
 from moe_jax.models.transformer import abstract
 from moe_jax.routing import make_router
 from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.optimizer import learning_rate
 from moe_jax.train.state import TrainState, create
 
 BATCH_FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_weights")
@@ -41,7 +43,8 @@ class Restored:
 
 
 def check(config: Config) -> None:
-    """What can be refused before devices, data and folders are touched: the router's options. Raises ConfigError."""
+    """What can be refused before devices, data and folders are touched: the router's options, the schedule. Raises ConfigError."""
+    learning_rate(config.optimizer, config.train.steps)
     if config.model.num_moe_layers:
         make_router(config.model.moe.router, config.model.moe.num_experts)
 
@@ -71,7 +74,8 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     shapes = jax.eval_shape(lambda: create(config)[2])
 
     def place(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec))
+        spec = leaf.sharding.spec if leaf.sharding else P()  # optax's step counts have none
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, shapes)
 

@@ -6,7 +6,7 @@ import pytest
 
 from moe_jax.config import DataConfig
 from moe_jax.data import cache, corpus, tokenized, tokenizers
-from moe_jax.data.corpus import load_corpus
+from moe_jax.data.corpus import load_corpus, save_tokenizer
 from moe_jax.data.documents import DataError
 
 
@@ -123,6 +123,8 @@ def test_a_run_keeps_its_tokenizer_when_the_text_changes(texts):
     workdir = str(texts / "run")
     config = _config(texts, tokenizer="bpe", bpe_vocab_size=300)
     first = load_corpus(config, workdir)
+    assert not (texts / "run").exists()  # a run that is refused for another reason leaves nothing behind
+    save_tokenizer(first.tokenizer, workdir)
     assert tokenizers.load(texts / "run" / "tokenizer").fingerprint == first.tokenizer.fingerprint
     (texts / "text" / "one" / "new.txt").write_text("entirely new words, words, words " * 50)
     assert load_corpus(config, workdir).tokenizer.fingerprint == first.tokenizer.fingerprint

@@ -6,6 +6,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from moe_jax.config import ConfigError
 from moe_jax.mesh import make_mesh
 from moe_jax.models.decode import check_sampling, filter_logits, make_next_token, sample
 from moe_jax.models.transformer import build
@@ -32,7 +33,7 @@ def test_filters_by_hand():
     ("arguments", "name"), [((-1.0, 0, 1.0), "temperature"), ((1.0, -1, 1.0), "top_k"), ((1.0, 0, 0.0), "top_p")]
 )
 def test_bad_sampling_is_refused(arguments, name):
-    with pytest.raises(ValueError, match=f"{name} = "):
+    with pytest.raises(ConfigError, match=f"{name} = "):
         check_sampling(*arguments)
 
 
