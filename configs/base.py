@@ -107,6 +107,7 @@ def get_config(arg: str = "") -> ConfigDict:
     train.keep_checkpoints = 3  # newest kept, besides the best
     train.resume = "auto"  # auto (continue if the run folder has a checkpoint) | never (refuse such a folder) | must
     train.sample_tokens = 200  # of the text sample at the end; 0 = none
+    train.sample_prompt = ""  # text that the sample continues
     train.tensorboard = True  # write TensorBoard files besides metrics.jsonl
 
     return override(config, arg)

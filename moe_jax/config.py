@@ -167,6 +167,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     resume: str = "auto"
     sample_tokens: int = 200
+    sample_prompt: str = ""
     tensorboard: bool = True
 
 

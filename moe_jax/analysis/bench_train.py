@@ -1,6 +1,7 @@
 """Training speed of a config beside the same model with a dense FFN of the active width, in one process and in turn."""
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 
 import jax
@@ -45,7 +46,7 @@ def rows(config: Config, repeats: int) -> list[dict]:
     ratio, low, high = timing.ratio(times["dense"], times["moe"])  # of speeds: dense time over MoE time
     results = []
     for name, c in contenders.items():
-        seconds, count = timing.median(times[name]), num_params(c.model)
+        seconds, count = statistics.median(times[name]), num_params(c.model)
         results.append(
             {
                 "config": name,

@@ -51,7 +51,7 @@ def closing(config: Config, corpus: Corpus, evaluation: dict, text: str) -> str:
         dropped = f"{evaluation['eval/dropped_fraction']:.2%} of the assignments dropped"
         parts.append(f"Expert load in validation, 1.00 = an equal share (MaxVio = largest - 1), {dropped}\n{table}")
     if text:
-        parts.append(f"Sample (temperature 0.8)\n{text}")
+        parts.append(f"Sample (temperature 0.7)\n{text}")
     return "\n\n".join(["", *parts, _files(config), _next(config)])
 
 

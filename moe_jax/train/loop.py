@@ -224,24 +224,20 @@ def _evaluate(shared, state):
 
 def _finish(shared: _Run, state: TrainState, evaluation):
     shared.checkpoints.wait()
-    text = ""
-    if shared.config.train.sample_tokens:
-        tokenizer = shared.corpus.tokenizer
-        next_token = make_next_token(shared.graphdef, tokenizer.vocab_size, temperature=0.8, top_k=0, top_p=0.95)
-        prompt = [np.asarray([tokenizer.eot], np.int32)]
-        tokens = sample(
-            next_token,
-            state.params,
-            state.router_bias,
-            shared.mesh,
-            prompt,
-            shared.config.train.sample_tokens,
-            window=shared.config.data.seq_len,
-            seed=shared.config.train.seed,
-            stop=tokenizer.eot,
-        )
-        text = tokenizer.decode(tokens[0])
+    text = _sample(shared, state)
     print(summary.closing(shared.config, shared.corpus, evaluation, text))
     if text:
         (pathlib.Path(shared.config.workdir) / "sample.txt").write_text(text, encoding="utf-8")
     return evaluation
+
+
+def _sample(shared, state):
+    """The prompt and its continuation; "" when none is asked for."""
+    config, tokenizer = shared.config, shared.corpus.tokenizer
+    if not config.train.sample_tokens:
+        return ""
+    next_token = make_next_token(shared.graphdef, tokenizer.vocab_size, temperature=0.7, top_k=0, top_p=0.95)
+    prompt = np.concatenate([[tokenizer.eot], tokenizer.encode(config.train.sample_prompt)]).astype(np.int32)
+    arguments = (next_token, state.params, state.router_bias, shared.mesh, [prompt], config.train.sample_tokens)
+    (tokens,) = sample(*arguments, window=config.data.seq_len, seed=config.train.seed, stop=tokenizer.eot)
+    return config.train.sample_prompt + tokenizer.decode(tokens)

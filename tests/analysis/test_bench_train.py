@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import tiny
 
-from configs import quickstart
-from moe_jax.analysis.bench_train import dense_twin
+from configs import base, quickstart
+from moe_jax.analysis.bench_train import dense_twin, rows
 from moe_jax.config import from_dict
 from moe_jax.sizes import flops_per_token, num_params
 from moe_jax.train.run import with_vocabulary
@@ -51,3 +51,16 @@ def test_nothing_else_of_the_config_changes():
     assert twin.model.num_moe_layers == 0
     assert dataclasses.replace(twin, model=config.model) == config
     assert dataclasses.replace(twin.model, moe=config.model.moe, d_ff=config.model.d_ff) == config.model
+
+
+@pytest.mark.slow
+def test_rows_of_a_small_config():
+    config = from_dict(base.get_config("debug,mesh.emulate=8,mesh.expert=4"))
+    moe, dense = rows(config, repeats=1)
+    assert (moe["config"], dense["config"]) == ("moe", "dense")
+    assert moe["parameters"] > moe["active"] > dense["parameters"]
+    assert moe["mesh"] == dense["mesh"] == "2x1x4x1"
+    tokens = config.data.batch_size * config.data.seq_len
+    assert moe["tokens_per_second"] == pytest.approx(1e3 * tokens / moe["milliseconds"])
+    assert moe["ratio_to_dense_active"] == pytest.approx(moe["tokens_per_second"] / dense["tokens_per_second"])
+    assert dense["ratio_to_dense_active"] == 1
