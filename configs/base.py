@@ -30,6 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     model.init_std = 0.02  # of every weight; projections into the residual stream get init_std / sqrt(2 L)
     model.dtype = "float32"  # compute dtype, float32 | bfloat16; parameters, router and losses stay float32
     model.remat = "full"  # none | dots (keep matmul results) | full (keep layer inputs): memory against recomputation
+    model.scan_unroll = 0  # layers a turn of the loop over layers; 0 = all on a CPU, which copies the loop's weights, else 1
     model.logit_z_loss_weight = 0.0  # weight of mean(logsumexp(logits)^2), PaLM's 1e-4; 0 = off
 
     model.attention = attention = ConfigDict()
@@ -56,9 +57,15 @@ def get_config(arg: str = "") -> ConfigDict:
     moe.dispatch = "dropless"  # dropless (grouped matmul) | capacity (fixed buffers, drops counted) | einsum (the oracle; slow)
     moe.capacity_factor = 1.25  # for capacity dispatch: C = ceil(factor * T * K / E); includes K
     moe.capacity_priority = "position"  # who keeps a full buffer's rows: position (first choices first) | probability
-    moe.exchange = "auto"  # over the expert axis: all_to_all | all_gather; auto = all_to_all, nothing on one device
-    moe.exchange_factor = 0.0  # rows per peer in all_to_all = ceil(factor * T * K / n), overflow counted; 0 = worst case, exact
-    moe.grouped_matmul = "auto"  # backend of the dropless dispatch: auto | cpu (row blocks) | reference
+    moe.exchange = "auto"  # over the expert axes: all_to_all | ragged | all_gather; auto = all_to_all, nothing on one device
+    moe.exchange_factor = 0.0  # room for rows that travel and arrive, times the balanced number; 0 = worst case, exact
+    moe.exchange_overflow = "drop"  # when the factor is too small: drop (counted) | exact (gather everything in that step)
+    moe.exchange_chunks = 1  # parts of a device's tokens, so that one part's exchange overlaps another's experts
+    moe.send_once = True  # a token goes once to a device that holds several of its experts, and comes back as one sum
+    moe.dispatch_wire = "compute"  # dtype of tokens on the wire: compute | bfloat16 | float8_e4m3fn | int8 (scaled by row)
+    moe.combine_wire = "compute"  # dtype of answers and gradients on the wire: compute | bfloat16 | float32
+    moe.remat_exchange = False  # True: under remat the backward repeats the exchange in place of keeping what arrived
+    moe.grouped_matmul = "auto"  # backend of the dropless dispatch: auto (by platform) | cpu | gpu | tpu | reference
 
     moe.router = router = ConfigDict()
     router.name = "deepseek"  # the family: switch | mixtral | deepseek
@@ -67,6 +74,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # replicas; -1 on one axis = the devices the other axes leave
+    mesh.expert_outer = 1  # experts spread over this many groups first, over slow links (hosts)
     mesh.fsdp = 1  # parameters sharded over this many, tokens too
     mesh.expert = 1  # experts spread over this many; a data axis for the rest of the model
     mesh.tensor = 1  # heads and hidden widths split over this many

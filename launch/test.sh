@@ -2,7 +2,8 @@
 # Runs the tests in .venv (made or reused), on eight emulated devices:
 #
 #     bash launch/test.sh [fast] [pytest arguments]   everything but the slow tier: minutes
-#     bash launch/test.sh slow [pytest arguments]     the slow tier, which compares with Hugging Face's models too (needs torch)
+#     bash launch/test.sh slow [pytest arguments]     the slow tier: Hugging Face's models as oracles (needs torch), programs compiled
+#                                                     for TPUs that are not there (needs libtpu)
 #     bash launch/test.sh all [pytest arguments]      both
 set -euo pipefail
 # shellcheck source=launch/venv.sh
@@ -18,8 +19,8 @@ esac
 
 case "$tier" in
   fast) extras=dev select=(-m "not slow") ;;
-  slow) extras=dev,hf select=(-m slow) ;;
-  all) extras=dev,hf select=() ;;
+  slow) extras=dev,hf,tpu select=(-m slow) ;;
+  all) extras=dev,hf,tpu select=() ;;
 esac
 
 ensure_venv "$extras"

@@ -59,6 +59,12 @@ class MoEConfig:
     capacity_priority: str = "position"
     exchange: str = "auto"
     exchange_factor: float = 0.0
+    exchange_overflow: str = "drop"
+    exchange_chunks: int = 1
+    send_once: bool = True
+    dispatch_wire: str = "compute"
+    combine_wire: str = "compute"
+    remat_exchange: bool = False
     grouped_matmul: str = "auto"
 
 
@@ -91,6 +97,7 @@ class ModelConfig:
     init_std: float = 0.02
     dtype: str = "float32"
     remat: str = "full"
+    scan_unroll: int = 0
     logit_z_loss_weight: float = 0.0
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
@@ -111,14 +118,16 @@ class MeshConfig:
     """Sizes of the mesh axes; one may be -1."""
 
     data: int = -1
+    expert_outer: int = 1
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
     emulate: int = 0
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (self.data, self.fsdp, self.expert, self.tensor)
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Sizes in the order of `mesh.AXES`."""
+        return (self.data, self.expert_outer, self.fsdp, self.expert, self.tensor)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the field, its value and the fix."""
 
 
+MESH_AXES = ("data", "expert_outer", "fsdp", "expert", "tensor")
+
 CHOICES = {
     "model.activation": ("swiglu", "geglu", "gelu"),
     "model.dtype": ("float32", "bfloat16"),
@@ -19,8 +21,11 @@ CHOICES = {
     "model.moe.balance_loss_accumulation": ("exact", "running"),
     "model.moe.dispatch": ("dropless", "capacity", "einsum"),
     "model.moe.capacity_priority": ("position", "probability"),
-    "model.moe.exchange": ("auto", "all_to_all", "all_gather"),
-    "model.moe.grouped_matmul": ("auto", "cpu", "reference"),
+    "model.moe.exchange": ("auto", "all_to_all", "all_gather", "ragged"),
+    "model.moe.exchange_overflow": ("drop", "exact"),
+    "model.moe.dispatch_wire": ("compute", "bfloat16", "float8_e4m3fn", "int8"),
+    "model.moe.combine_wire": ("compute", "bfloat16", "float32"),
+    "model.moe.grouped_matmul": ("auto", "cpu", "gpu", "tpu", "reference"),
     "data.corpus": ("builtin", "prose", "files"),
     "data.tokenizer": ("bytes", "bpe", "gpt2"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
@@ -35,14 +40,14 @@ def _fields(group, names):
 POSITIVE = (
     *_fields("model", "d_model num_layers d_ff norm_eps init_std"),
     *_fields("model.attention", "num_heads num_kv_heads head_dim rope_theta"),
-    *_fields("model.moe", "every capacity_factor"),
+    *_fields("model.moe", "every capacity_factor exchange_chunks"),
     *_fields("data", "seq_len batch_size bpe_vocab_size"),
     *_fields("optimizer", "learning_rate eps"),
     *_fields("train", "steps accumulation log_every eval_every eval_rows checkpoint_every keep_checkpoints"),
 )
 
 NOT_NEGATIVE = (
-    *_fields("model", "vocab_size logit_z_loss_weight"),
+    *_fields("model", "vocab_size scan_unroll logit_z_loss_weight"),
     *_fields("model.attention", "window"),
     *_fields("model.moe", "num_experts num_shared_experts first_dense balance_loss_weight z_loss_weight exchange_factor"),
     *_fields("mesh", "emulate"),
@@ -119,7 +124,7 @@ def _check_moe(model):
 def _check_mesh(mesh):
     if sum(size == -1 for size in mesh.shape) > 1:
         raise ConfigError(f"mesh = {_mesh_text(mesh)} has more than one -1; only one axis can be filled.")
-    for axis in ("data", "fsdp", "expert", "tensor"):
+    for axis in MESH_AXES:
         if (size := getattr(mesh, axis)) < 1 and size != -1:
             raise ConfigError(f"mesh.{axis} = {size} must be at least 1, or -1 to take the devices that are left.")
 
@@ -149,20 +154,20 @@ def _check_training(config):
         raise ConfigError(f"optimizer.final_fraction = {config.optimizer.final_fraction} must be between 0 and 1.")
 
 
-def check_devices(config, num_devices: int) -> tuple[int, int, int, int]:
-    """Fits the config to `num_devices` devices and returns the mesh's shape (data, fsdp, expert, tensor).
+def check_devices(config, num_devices: int) -> tuple[int, int, int, int, int]:
+    """Fits the config to `num_devices` devices and returns the mesh's shape, in the order of `MESH_AXES`.
 
     Raises:
       ConfigError: the axes do not multiply to the devices, or batch, experts, heads or widths do not divide over them.
     """
     shape = _fill(config.mesh, num_devices)
-    data, fsdp, expert, tensor = shape
+    data, expert_outer, fsdp, expert, tensor = shape
     model, moe = config.model, config.model.moe
-    shards, per_pass = data * fsdp * expert, config.data.batch_size // config.train.accumulation
+    shards, per_pass = data * expert_outer * fsdp * expert, config.data.batch_size // config.train.accumulation
     if per_pass % shards:
         raise ConfigError(
             f"data.batch_size = {config.data.batch_size} over train.accumulation = {config.train.accumulation} is {per_pass}"
-            f" sequences, not a multiple of the {shards} data shards (data x fsdp x expert = {data} x {fsdp} x {expert});"
+            f" sequences, not a multiple of the {shards} data shards ({_mesh_text(config.mesh)});"
             f" use a multiple of {shards * config.train.accumulation}."
         )
     divisions = [
@@ -173,13 +178,20 @@ def check_devices(config, num_devices: int) -> tuple[int, int, int, int]:
         ("model.vocab_size", model.vocab_size, "tensor", tensor),
     ]
     if moe.num_experts:
+        expert_axes = "expert" if expert_outer == 1 else "expert_outer x mesh.expert"
         divisions += [
-            ("model.moe.num_experts", moe.num_experts, "expert", expert),
+            ("model.moe.num_experts", moe.num_experts, expert_axes, expert_outer * expert),
             ("model.moe.d_ff", moe.d_ff, "tensor", tensor),
         ]
     for path, value, axis, size in divisions:
         if value % size:
             raise ConfigError(f"{path} = {value} is not a multiple of mesh.{axis} = {size}; change one of the two.")
+    tokens = per_pass // shards * config.data.seq_len
+    if moe.num_experts and tokens % moe.exchange_chunks:
+        raise ConfigError(
+            f"model.moe.exchange_chunks = {moe.exchange_chunks} does not divide the {tokens} tokens of a device"
+            f" ({per_pass // shards} rows of {config.data.seq_len}); use a divisor of them."
+        )
     return shape
 
 
@@ -200,7 +212,8 @@ def _fill(mesh, num_devices):
 
 
 def _mesh_text(mesh):
-    return "x".join(f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "expert", "tensor"))
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != "expert_outer" or size != 1)
 
 
 def _get(config, path):

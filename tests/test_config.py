@@ -138,7 +138,7 @@ def test_wrong_type_is_refused():
         (dict(mesh__fsdp=3, data__batch_size=15), 3, r"model\.d_model = 128 is not a multiple of mesh\.fsdp = 3"),
         (dict(mesh__data=3, data__batch_size=16), 3, r"data\.batch_size = 16 .*3 data shards.*use a multiple of 3"),
         (dict(mesh__expert=4), 6, r"does not fit 6 devices"),
-        (dict(mesh__data=2, mesh__expert=2), 8, r"data 2xfsdp 1xexpert 2xtensor 1 does not fit 8 devices"),
+        (dict(mesh__data=2, mesh__expert=2), 8, r"data 2 x fsdp 1 x expert 2 x tensor 1 does not fit 8 devices"),
         (dict(train__accumulation=4), 8, r"over train\.accumulation = 4 is 4 sequences"),
     ],
 )
@@ -148,8 +148,8 @@ def test_what_does_not_divide_over_the_mesh_is_refused(overrides, devices, messa
 
 
 def test_minus_one_fills_the_mesh():
-    assert check_devices(make(mesh__expert=4), 8) == (2, 1, 4, 1)
-    assert check_devices(make(mesh__data=1, mesh__fsdp=-1, mesh__tensor=2), 8) == (1, 4, 1, 2)
+    assert check_devices(make(mesh__expert=4), 8) == (2, 1, 1, 4, 1)
+    assert check_devices(make(mesh__data=1, mesh__fsdp=-1, mesh__tensor=2), 8) == (1, 1, 4, 1, 2)
 
 
 def test_layer_pattern():

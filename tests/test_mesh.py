@@ -19,7 +19,7 @@ def with_mesh(**sizes):
 
 def test_axes_are_explicit_and_filled():
     mesh = make_mesh(with_mesh(expert=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "expert_outer": 1, "fsdp": 1, "expert": 2, "tensor": 2}
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
     assert dict(abstract_mesh(with_mesh(fsdp=64), 64).shape)["fsdp"] == 64
 

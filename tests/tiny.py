@@ -20,6 +20,8 @@ MESHES = {
     "expert 8": MeshConfig(data=1, expert=8),
     "data 2 expert 4": MeshConfig(data=2, expert=4),
     "fsdp 2 expert 2 tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    "expert_outer 2 expert 4": MeshConfig(data=1, expert_outer=2, expert=4),
+    "expert_outer 2 expert 2 tensor 2": MeshConfig(data=1, expert_outer=2, expert=2, tensor=2),
 }
 
 
@@ -41,6 +43,7 @@ def config(router="mixtral", mesh="one device", *, accumulation=1, remat="none",
         d_ff=24,
         init_std=0.2,
         remat=remat,
+        scan_unroll=1,  # the loop compiles faster; test_layout_invariance.py compares
         logit_z_loss_weight=1e-3,
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
         moe=dataclasses.replace(moe_config, **moe),

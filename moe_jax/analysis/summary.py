@@ -25,7 +25,7 @@ def opening(config: Config, mesh: jax.sharding.Mesh, corpus: Corpus) -> str:
             f" + {moe.num_shared_experts} shared; router {moe.router.name}, dispatch {moe.dispatch}, exchange {moe.exchange}"
         )
     devices = f"{mesh.size} {'emulated ' if config.mesh.emulate else ''}{mesh.devices.flat[0].device_kind} device(s)"
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "expert_outer" or size > 1)
     batch = f"{config.data.batch_size} x {config.data.seq_len} tokens"
     lines += [
         f"mesh    {axes} on {devices}",

@@ -12,14 +12,16 @@ from moe_jax.dispatch.einsum import EinsumDispatch
 
 __all__ = ["DISPATCHES", "Group", "make_dispatch"]
 
-DISPATCHES: dict[str, Callable[[MoEConfig, Group | None, DTypeLike | None], Dispatch]] = {
-    "dropless": lambda moe, group, dtype: DroplessDispatch(dtype),
-    "capacity": lambda moe, group, dtype: CapacityDispatch(moe.capacity_factor, moe.capacity_priority, group, dtype),
-    "einsum": lambda moe, group, dtype: EinsumDispatch(group.num_tokens if group else None, dtype),
+DISPATCHES: dict[str, Callable[[MoEConfig, Group | None, DTypeLike | None, int | None], Dispatch]] = {
+    "dropless": lambda moe, group, dtype, rows: DroplessDispatch(dtype, rows),
+    "capacity": lambda moe, group, dtype, rows: CapacityDispatch(moe.capacity_factor, moe.capacity_priority, group, dtype),
+    "einsum": lambda moe, group, dtype, rows: EinsumDispatch(group.num_tokens if group else None, dtype),
 }
 
 
-def make_dispatch(moe: MoEConfig, group: Group | None = None, out_dtype: DTypeLike | None = None) -> Dispatch:
+def make_dispatch(
+    moe: MoEConfig, group: Group | None = None, out_dtype: DTypeLike | None = None, rows: int | None = None
+) -> Dispatch:
     """The dispatch that `moe.dispatch` names.
 
     "dropless" and "einsum" (the oracle, for small inputs) drop nothing; "capacity" drops what does not fit.
@@ -27,5 +29,6 @@ def make_dispatch(moe: MoEConfig, group: Group | None = None, out_dtype: DTypeLi
     Args:
       group: who shares the experts' buffers, when the call sees only a part of it (the receiver of an exchange).
       out_dtype: dtype of y; None for x's.
+      rows: most rows that "dropless" computes; None for one an assignment. The others have bounds of their own.
     """
-    return DISPATCHES[moe.dispatch](moe, group, out_dtype)
+    return DISPATCHES[moe.dispatch](moe, group, out_dtype, rows)

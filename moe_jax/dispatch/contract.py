@@ -20,7 +20,9 @@ class Stats:
       load_E: assignments the router gave each expert, before any drop; padding is not counted.
       dropped_capacity: assignments that found their expert's buffer full, counted on the device of the expert.
       dropped_sender: assignments that did not fit the sender's buffer to a peer.
-      dropped_receiver: assignments that arrived and did not fit.
+      dropped_receiver: assignments that a receiver had no room for, counted there.
+      refused: of those, the ones that therefore stayed at home, counted there: seen from the sender. Not added to the sum above.
+      exact: 1 where a step that would have dropped took the exact path.
       padding: assignments that padding tokens would have made; they are never routed. A routing list does not say why it sends
         something nowhere: whoever holds the padding mask counts this (`exchange/expert_parallel.py`), a dispatch leaves 0.
       bytes_sent: float32, bytes this device put on the wire to other devices, forward, dispatch and combine together.
@@ -30,6 +32,8 @@ class Stats:
     dropped_capacity: jax.Array
     dropped_sender: jax.Array
     dropped_receiver: jax.Array
+    refused: jax.Array
+    exact: jax.Array
     padding: jax.Array
     bytes_sent: jax.Array
 
@@ -70,5 +74,5 @@ class Dispatch(Protocol):
 def make_stats(routing: Routing, **counts: jax.Array) -> Stats:
     """Stats of `routing`, with zeros for what is not given."""
     zero = jnp.zeros((), jnp.int32)
-    fields = {name: zero for name in ("dropped_capacity", "dropped_sender", "dropped_receiver", "padding")}
+    fields = {name: zero for name in ("dropped_capacity", "dropped_sender", "dropped_receiver", "refused", "exact", "padding")}
     return Stats(**({"load_E": count_load(routing), **fields, "bytes_sent": jnp.zeros((), jnp.float32)} | counts))

@@ -49,12 +49,24 @@ def claim_slots(group_A: jax.Array, num_groups: int, capacity: int, keys: tuple[
     return Slots(slot_A, source_GC.reshape(-1), jnp.sum(jnp.maximum(size_G - capacity, 0), dtype=jnp.int32))
 
 
-def sort_slots(group_A: jax.Array, num_groups: int) -> tuple[Slots, jax.Array]:
-    """A row for everybody: [A] rows sorted by group, in list order within it, then empty rows; and int32 rows a group, [G]."""
-    num_rows = group_A.shape[0]
-    order_A, inverse_A, size_G = sort_by_expert(group_A, num_groups)
+def sort_slots(
+    group_A: jax.Array, num_groups: int, num_rows: int | None = None, keys: tuple[jax.Array, ...] = ()
+) -> tuple[Slots, jax.Array]:
+    """A row for everybody: rows sorted by group, by `keys` and then list order within it, then empty rows.
+
+    Args:
+      group_A: int32 in [0, G]; G wants no row.
+      num_groups: G.
+      num_rows: R <= A, at least the assignments that want a row; by default A.
+      keys: as in `claim_slots`.
+
+    Returns: the slots, and int32 rows a group, [G].
+    """
+    num_assignments = group_A.shape[0]
+    num_rows = num_rows or num_assignments
+    order_A, inverse_A, size_G = _sort(group_A, num_groups, keys)
     slot_A = jnp.where(group_A < num_groups, inverse_A, num_rows)
-    source_R = jnp.where(jnp.arange(num_rows) < size_G.sum(), order_A, num_rows)
+    source_R = jnp.where(jnp.arange(num_rows) < size_G.sum(), order_A[:num_rows], num_assignments)
     return Slots(slot_A, source_R, jnp.zeros((), jnp.int32)), size_G
 
 
@@ -100,6 +112,11 @@ def combine_rows(rows_RD: jax.Array, routing: Routing, slots: Slots, num_tokens:
     return _combine(routing.choices, *vary_alike(rows_RD, routing.weight_A, slots.slot_A, slots.source_R))
 
 
+def sum_rows(rows_RD: jax.Array, choices: int, slots: Slots) -> jax.Array:
+    """Sums each token's rows, float32 [T, D], for a list of `choices` times all tokens. Gradients reach the rows."""
+    return _sum(choices, *vary_alike(rows_RD, slots.slot_A, slots.source_R))
+
+
 def _take(rows_RD, index):
     """rows_RD[index], zeros where the index is R."""
     return rows_RD.at[index].get(mode="fill", fill_value=0)
@@ -127,6 +144,24 @@ _fill.defvjp(_fill_forward, _fill_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum(choices, rows_RD, slot_A, source_R):
+    return sum(_take_choices(choices, rows_RD, slot_A))
+
+
+def _sum_forward(choices, rows_RD, slot_A, source_R):
+    return _sum(choices, rows_RD, slot_A, source_R), (source_R, slot_A, rows_RD[:0])
+
+
+def _sum_backward(choices, residuals, g_TD):
+    source_R, slot_A, like = residuals
+    token_R = jnp.where(source_R < slot_A.shape[0], source_R % g_TD.shape[0], g_TD.shape[0])
+    return _take(g_TD, token_R).astype(like.dtype), None, None
+
+
+_sum.defvjp(_sum_forward, _sum_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine(choices, rows_RD, weight_A, slot_A, source_R):
     weights = jnp.split(weight_A[:, None], choices)
     return sum(w_T1 * y_TD for w_T1, y_TD in zip(weights, _take_choices(choices, rows_RD, slot_A), strict=True))
@@ -139,9 +174,9 @@ def _combine_forward(choices, rows_RD, weight_A, slot_A, source_R):
 def _combine_backward(choices, residuals, g_TD):
     rows_RD, weight_A, slot_A, source_R = residuals
     weight_R = _take(weight_A, source_R)  # 0 for an empty row, which therefore takes any token
-    g_rows_RD = (weight_R[:, None] * g_TD[source_R % g_TD.shape[0]]).astype(rows_RD.dtype)
-    g_weight_A = jnp.concatenate([jnp.sum(y_TD * g_TD, axis=-1) for y_TD in _take_choices(choices, rows_RD, slot_A)])
-    return g_rows_RD, g_weight_A, None, None
+    g_answer_RD = g_TD[source_R % g_TD.shape[0]]
+    g_weight_R = jnp.sum(rows_RD.astype(jnp.float32) * g_answer_RD, axis=-1)
+    return (weight_R[:, None] * g_answer_RD).astype(rows_RD.dtype), _take(g_weight_R, slot_A), None, None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.mesh import BATCH_AXES, batch_spec
+from moe_jax.mesh import BATCH_AXES, batch_spec, explicit, lay_out, present
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], spec: tuple, std: float) -> nnx.Param:
@@ -13,13 +13,24 @@ def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], spec: tuple, std: float
 
     The standard deviation is given, not derived from a fan, so a stacked expert axis cannot be mistaken for one.
     """
-    value = std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=P(*spec))
-    return nnx.Param(value, out_sharding=spec)
+    return placed(nnx.Param, std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=explicit(P(*spec))), spec)
 
 
 def constant_param(value: float, shape: tuple[int, ...], spec: tuple) -> nnx.Param:
     """A float32 parameter that starts as a constant."""
-    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=P(*spec)), out_sharding=spec)
+    return placed(nnx.Param, jnp.full(shape, value, jnp.float32, out_sharding=explicit(P(*spec))), spec)
+
+
+def placed(kind: type[nnx.Variable], value: jax.Array, spec: tuple) -> nnx.Variable:
+    """A variable laid out as `spec` on the ambient mesh, axes that are not there left out.
+
+    Without a mesh it stays where it is and remembers the whole spec, for `nnx.get_named_sharding` to place it by later.
+    """
+    mesh, spec = jax.sharding.get_abstract_mesh(), P(*spec)
+    if mesh.explicit_axes and mesh.are_all_axes_explicit:
+        return kind(lay_out(value, spec), out_sharding=tuple(present(spec)))
+    # flax would place it once more, which it can neither without a mesh nor on one of both types
+    return kind(lay_out(value, spec), out_sharding=tuple(spec if mesh.empty else present(spec)), eager_sharding=False)
 
 
 def gathered(param: nnx.Param, spec: P, dtype) -> jax.Array:
@@ -27,7 +38,7 @@ def gathered(param: nnx.Param, spec: P, dtype) -> jax.Array:
 
     The cast comes first, so bfloat16 travels, not float32. The transpose scatters the gradient back.
     """
-    return jax.sharding.reshard(param[...].astype(dtype), spec)
+    return lay_out(param[...].astype(dtype), spec)
 
 
 class RMSNorm(nnx.Module):
@@ -57,7 +68,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x_BSD: jax.Array) -> jax.Array:
         """Logits [B, S, V], split over the vocabulary on the tensor axis."""
-        return jnp.einsum("BSD,VD->BSV", x_BSD, gathered(self.table_VD, P("tensor", None), self.dtype))
+        return vocabulary_logits(x_BSD, gathered(self.table_VD, P("tensor", None), self.dtype).T)
 
 
 class Head(nnx.Module):
@@ -68,7 +79,26 @@ class Head(nnx.Module):
         self.w_DV = normal_param(rngs, (d_model, vocab_size), ("fsdp", "tensor"), std)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        return jnp.einsum("BSD,DV->BSV", x_BSD, gathered(self.w_DV, P(None, "tensor"), self.dtype))
+        return vocabulary_logits(x_BSD, gathered(self.w_DV, P(None, "tensor"), self.dtype))
+
+
+@jax.custom_vjp
+def vocabulary_logits(x_BSD: jax.Array, w_DV: jax.Array) -> jax.Array:
+    """x w, with the weight's gradient as x^T g: autodiff's (g^T x)^T has XLA:CPU transpose g, which is as large as the logits."""
+    return jnp.einsum("BSD,DV->BSV", x_BSD, w_DV)
+
+
+def _logits_forward(x_BSD, w_DV):
+    return vocabulary_logits(x_BSD, w_DV), (x_BSD, w_DV)
+
+
+def _logits_backward(residuals, g_BSV):
+    x_BSD, w_DV = residuals
+    g_x_BSD = jnp.einsum("BSV,DV->BSD", g_BSV, w_DV, out_sharding=jax.typeof(x_BSD).sharding)
+    return g_x_BSD, jnp.einsum("BSD,BSV->DV", x_BSD, g_BSV, out_sharding=jax.typeof(w_DV).sharding)
+
+
+vocabulary_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def tensor_spec(*axes: str | None) -> P:

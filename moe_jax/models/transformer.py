@@ -1,8 +1,11 @@
 """The decoder: embedding, a stack of dense blocks, a stack of groups that end in an MoE block, norm, head.
 
-Layers are stacked and scanned, so compile time does not grow with depth. `first_dense` layers form the first stack; the rest is a
+Layers are stacked and scanned, so compile time does not grow with depth; on a CPU, whose loops copy each layer's weights in and their
+gradients out, the scan is unrolled (`scan_unroll`). `first_dense` layers form the first stack; the rest is a
 stack of groups of `every` layers, the last of each MoE. A dense model is the first stack alone.
 """
+
+from collections.abc import Callable
 
 import chex
 import jax
@@ -10,15 +13,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config import ModelConfig
+from moe_jax.exchange.contract import KEPT
 from moe_jax.layers.basic import Embedding, Head, RMSNorm
 from moe_jax.layers.block import Block
 from moe_jax.layers.moe import MoEAux, RouterBias
-from moe_jax.mesh import batch_spec
+from moe_jax.mesh import batch_spec, target_platform
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def remat_policy(config: ModelConfig) -> Callable[..., bool]:
+    """What the backward pass finds saved: `model.remat`'s choice, and what came over the wire unless `remat_exchange`."""
+    policy = REMAT_POLICIES[config.remat]
+    if config.moe.remat_exchange:
+        return policy
+    keep = jax.checkpoint_policies.save_only_these_names(KEPT)
+    return jax.checkpoint_policies.save_from_both_policies(policy, keep)
 
 
 class Group(nnx.Module):
@@ -98,8 +111,10 @@ class Transformer(nnx.Module):
             return nnx.merge(graphdef, layer_state)(x_BSD, *inputs, key)
 
         if self.config.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat])
-        return jax.lax.scan(body, x_BSD, (state, keys_L))
+            body = jax.checkpoint(body, policy=remat_policy(self.config))
+        everything = self.config.scan_unroll == 0 and target_platform() == "cpu"
+        unroll = length if everything else min(self.config.scan_unroll or 1, length)
+        return jax.lax.scan(body, x_BSD, (state, keys_L), unroll=unroll)
 
 
 def token_ids(tokens_BS: jax.Array) -> jax.Array:

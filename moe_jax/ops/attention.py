@@ -41,18 +41,35 @@ def attention(
         raise ValueError(
             f"attention was given {q_BSHN.shape[2]} query heads over {k_BSGN.shape[2]} key/value heads; the first must be a multiple."
         )
-    real_BS = segment_ids_BS != 0
+    implementation = choose_implementation(implementation, q_BSHN.dtype, q_BSHN.shape[-1])
     same_BST = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]  # padding sees padding: no softmax is over nothing
-    y_BSHN = jax.nn.dot_product_attention(
-        q_BSHN,
-        k_BSGN,
-        v_BSGN,
-        mask=same_BST[:, None],
-        is_causal=True,
-        local_window_size=(window - 1, 0) if window else None,
-        implementation=choose_implementation(implementation, q_BSHN.dtype, q_BSHN.shape[-1]),
-    )
-    return jnp.where(real_BS[:, :, None, None], y_BSHN, 0)
+    if implementation == "cudnn":
+        local = (window - 1, 0) if window else None
+        y_BSHN = jax.nn.dot_product_attention(
+            q_BSHN, k_BSGN, v_BSGN, mask=same_BST[:, None], is_causal=True, local_window_size=local, implementation="cudnn"
+        )
+    else:
+        distance_ST = jnp.arange(q_BSHN.shape[1])[:, None] - jnp.arange(k_BSGN.shape[1])
+        in_reach_ST = (distance_ST >= 0) & (distance_ST < window) if window else distance_ST >= 0
+        y_BSHN = _attend(q_BSHN, k_BSGN, v_BSGN, same_BST & in_reach_ST)
+    return jnp.where((segment_ids_BS != 0)[:, :, None, None], y_BSHN, 0)
+
+
+def _attend(q_BSHN, k_BSGN, v_BSGN, sees_BST):
+    """Two products and the softmax between them, its division last: on [S, N] instead of [S, T], backward too.
+
+    Heads come first before the products, for whom they are batch axes: R query heads to each key/value head.
+    """
+    (B, S, H, N), G = q_BSHN.shape, k_BSGN.shape[2]
+    q_BGRSN = jnp.swapaxes(q_BSHN, 1, 2).reshape(B, G, H // G, S, N)
+    k_BGTN, v_BGTN = jnp.swapaxes(k_BSGN, 1, 2), jnp.swapaxes(v_BSGN, 1, 2)
+    score_BGRST = jnp.einsum("BGRSN,BGTN->BGRST", q_BGRSN, k_BGTN, preferred_element_type=jnp.float32)
+    score_BGRST = jnp.where(sees_BST[:, None, None], score_BGRST * N**-0.5, jnp.finfo(jnp.float32).min)
+    highest = jax.lax.stop_gradient(jnp.max(score_BGRST, axis=-1, keepdims=True))
+    weight_BGRST = jnp.exp(score_BGRST - highest)
+    y_BGRSN = jnp.einsum("BGRST,BGTN->BGRSN", weight_BGRST.astype(v_BGTN.dtype), v_BGTN, preferred_element_type=jnp.float32)
+    y_BGRSN = y_BGRSN / jnp.sum(weight_BGRST, axis=-1, keepdims=True)
+    return jnp.swapaxes(y_BGRSN.reshape(B, H, S, N), 1, 2).astype(q_BSHN.dtype)
 
 
 def choose_implementation(implementation: str, dtype: jnp.dtype, head_dim: int, platform: str | None = None) -> str:

@@ -1,8 +1,8 @@
 """Grouped matrix product as dense products of row blocks: plain JAX, right on every platform, fast on CPU.
 
 A loop over experts holds a loop over the expert's blocks of rows, with a trip count that the group's size decides, so the work follows
-the true sizes. Each expert takes as many of the largest blocks as fit whole, then of the next size, and so on; only the last, of the
-smallest size, may reach past the expert's rows, and is masked. The result is a carried buffer that XLA updates in place.
+the true sizes. Each expert takes as many of the largest blocks as fit whole, and one more that is hardly larger than what is left: it
+may reach past the expert's rows, and is masked. The result is a carried buffer that XLA updates in place.
 """
 
 import jax
@@ -11,17 +11,19 @@ from jax import lax
 
 from moe_jax.ops.varying import vary_over, varying_axes
 
-BLOCKS = (256, 64, 16)  # rows; measured in moe_jax/analysis/bench_grouped_matmul.py
+STEPS, LARGEST = (16, 64), 512  # rows: bounds of the steps between block sizes, and of the sizes; analysis/bench_moe.py
 
 
 def block_sizes(rows: int, experts: int) -> tuple[int, ...]:
     """Block sizes for `rows` rows over `experts` experts, largest first.
 
-    The largest is at most half of all rows; the smallest is near an eighth of the mean group, so that partly filled blocks cost little.
+    They go up to twice the mean group, to half of all rows and to `LARGEST`, in steps of an eighth of the mean group at first, so
+    that the masked rows of a block cost little, and of two eighths after eight of them. Each size is code to compile: 12 at most.
     """
-    largest = max(rows // 2, BLOCKS[-1])
-    smallest = max((b for b in BLOCKS if b <= rows // experts // 8), default=BLOCKS[-1])
-    return tuple(min(b, rows) for b in BLOCKS if min(smallest, largest) <= b <= largest)
+    step = min(max(rows // experts // 8 // STEPS[0] * STEPS[0], STEPS[0]), STEPS[1])
+    largest = min(LARGEST, 16 * step, max(rows // 2, step))
+    sizes = (*range(step, 8 * step + 1, step), *range(10 * step, 16 * step + 1, 2 * step))
+    return tuple(sorted({min(size, rows) for size in sizes if size <= largest}, reverse=True))
 
 
 @jax.custom_vjp
@@ -57,11 +59,11 @@ def _rows_times_weights(x_AD, w_EDF, group_sizes_E, contract):
         def block(y_AF, rows, first, at, whole):
             y_RF = lax.dot_general(lax.dynamic_slice_in_dim(x_AD, at, rows), w_DF, dims, preferred_element_type=jnp.float32)
             if not whole:  # rows of other experts in this block keep what they have
-                own_R1 = _own_rows(rows, first, at, ends_E[e])
+                own_R1 = own_rows(rows, first, at, ends_E[e])
                 y_RF = jnp.where(own_R1, y_RF, lax.dynamic_slice_in_dim(y_AF, at, rows))
             return lax.dynamic_update_slice_in_dim(y_AF, y_RF, at, axis=0)
 
-        return _for_each_block(block, y_AF, ends_E[e] - group_sizes_E[e], ends_E[e], x_AD.shape[0], len(w_EDF))
+        return for_each_block(block, y_AF, ends_E[e] - group_sizes_E[e], ends_E[e], x_AD.shape[0], len(w_EDF))
 
     # The carry is float32 whatever the dtype: XLA:CPU converts a whole bfloat16 buffer back and forth at every update.
     y_AF = jnp.zeros((x_AD.shape[0], w_EDF.shape[3 - contract]), jnp.float32)
@@ -79,32 +81,33 @@ def _weight_gradient(x_AD, g_AF, group_sizes_E):
         def block(dw_DF, rows, first, at, whole):
             x_RD, g_RF = (lax.dynamic_slice_in_dim(a, at, rows) for a in (x_AD, g_AF))
             if not whole:
-                own_R1 = _own_rows(rows, first, at, ends_E[e])
+                own_R1 = own_rows(rows, first, at, ends_E[e])
                 x_RD, g_RF = jnp.where(own_R1, x_RD, 0), jnp.where(own_R1, g_RF, 0)
             dims = (((0,), (0,)), ((), ()))
             return dw_DF + lax.dot_general(x_RD, g_RF, dims, preferred_element_type=jnp.float32)
 
         dw_DF = vary_over(jnp.zeros(shape_DF, jnp.float32), axes)
         start, end = ends_E[e] - group_sizes_E[e], ends_E[e]
-        dw_DF = _for_each_block(block, dw_DF, start, end, x_AD.shape[0], len(group_sizes_E))
+        dw_DF = for_each_block(block, dw_DF, start, end, x_AD.shape[0], len(group_sizes_E))
         return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, e, axis=0)
 
     dw_EDF = vary_over(jnp.zeros((len(group_sizes_E), *shape_DF), jnp.float32), axes)
     return lax.fori_loop(0, len(group_sizes_E), expert, dw_EDF)
 
 
-def _for_each_block(block, carry, start, end, num_rows, num_experts):
+def for_each_block(block, carry, start, end, num_rows, num_experts):
     """Covers rows [start, end) once with `carry = block(carry, rows, first, at, whole)`.
 
     `rows` and `whole` are static. The block is rows [at, at + rows), of which [first, min(first + rows, end)) are to be
     covered: all of them where `whole`. `at` is less than `first` only where the block would reach past the array.
     """
     sizes = block_sizes(num_rows, num_experts)
-    for i, rows in enumerate(sizes):
-        whole = i < len(sizes) - 1
-        count = (end - start) // rows if whole else -((start - end) // rows)
+    for rows, smaller in ((sizes[0], None), *zip(sizes, (*sizes[1:], 0), strict=True)):
+        whole, left = smaller is None, end - start
+        count = left // rows if whole else jnp.where((left > smaller) & (left <= rows), 1, 0)
 
         def body(j, carry, rows=rows, whole=whole, start=start):
+            # `first` must depend on j, also where that is always 0: what does not, XLA moves out of the loop and runs every time.
             first = start + j * rows
             return block(carry, rows, first, first if whole else jnp.minimum(first, num_rows - rows), whole)
 
@@ -113,6 +116,7 @@ def _for_each_block(block, carry, start, end, num_rows, num_experts):
     return carry
 
 
-def _own_rows(rows, first, at, end):
+def own_rows(rows: int, first: jax.Array, at: jax.Array, end: jax.Array) -> jax.Array:
+    """bool [rows, 1]: the rows of a block that are to be covered (see `for_each_block`)."""
     row_R1 = at + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
     return (row_R1 >= first) & (row_R1 < end)

@@ -143,6 +143,7 @@ def _metrics(config, sums, totals, router_bias):
         "router/dropped_receiver": stats.dropped_receiver,
         "router/padding": stats.padding,
         "exchange/bytes": stats.bytes_sent,
+        "exchange/exact": (stats.exact > 0).astype(jnp.int32),
     }
     biases = jax.tree.leaves(router_bias)
     return report | ({"router/bias": biases[0]} if biases else {})

@@ -59,7 +59,7 @@ def test_rows_of_a_small_config():
     moe, dense = rows(config, repeats=1)
     assert (moe["config"], dense["config"]) == ("moe", "dense")
     assert moe["parameters"] > moe["active"] > dense["parameters"]
-    assert moe["mesh"] == dense["mesh"] == "2x1x4x1"
+    assert moe["mesh"] == dense["mesh"] == "2x1x1x4x1"
     tokens = config.data.batch_size * config.data.seq_len
     assert moe["tokens_per_second"] == pytest.approx(1e3 * tokens / moe["milliseconds"])
     assert moe["ratio_to_dense_active"] == pytest.approx(moe["tokens_per_second"] / dense["tokens_per_second"])

@@ -144,7 +144,8 @@ def test_capacity_equals_oracle_and_model(priority, ties):
         rows = capacity(T, K, E, 0.5)
         y_TD, stats, grads = run(CapacityDispatch(0.5, priority), priority, *data)
         want_TD, want_stats, want_grads = run(EinsumDispatch(rows), priority, *data)
-        delivered, _, dropped = deliver(expert_TK[None], weight_TK[None], num_experts=E, capacity=rows, priority=priority)
+        model = deliver(expert_TK[None], weight_TK[None], num_experts=E, capacity=rows, priority=priority)
+        delivered, dropped = model.delivered_NTK, model.capacity_N.sum()
         assert dropped > 0
         assert int(stats.dropped_capacity) == int(want_stats.dropped_capacity) == dropped
         np.testing.assert_array_equal(grads[1] != 0, delivered[0])
@@ -152,6 +153,38 @@ def test_capacity_equals_oracle_and_model(priority, ties):
         assert_close(y_TD, want_TD, what="y")
         for name, g, w in zip(("x", "weight", "w_DF", "w_FD"), grads, want_grads, strict=True):
             assert_close(g, w, what=name)
+
+
+@pytest.mark.parametrize("rows", [1, 29, 46, T * K, T * K + 5])
+def test_dropless_with_fewer_rows_drops_the_end_of_the_list(rows):
+    """A receiver's bound: padding takes none of the rows, and who is left out is counted and gets no gradient."""
+    expert_TK, weight_TK, arrays = data = make_inputs(seed=3)
+    y_TD, stats, grads = run(DroplessDispatch(rows=rows), "position", *data)
+    model = deliver(expert_TK[None], weight_TK[None], num_experts=E, compute_rows=rows)
+    kept_TK = model.delivered_NTK[0]
+    wanted = np.sum(expert_TK < E)
+    assert 46 < wanted < T * K
+    assert int(stats.dropped_receiver) == model.receiver_N.sum() == max(wanted - rows, 0)
+    assert int(stats.load_E.sum()) == kept_TK.sum() + int(stats.dropped_receiver) == wanted
+    np.testing.assert_array_equal(grads[1] != 0, kept_TK)
+    alone = np.where(kept_TK, expert_TK, E)  # the same as a list without them
+    want_TD, _, want = run(DroplessDispatch(), "position", alone, weight_TK, arrays)
+    assert_close(y_TD, want_TD, what="y")
+    for name, g, w in zip(("x", "w_DF", "w_FD"), (grads[0], *grads[2:]), (want[0], *want[2:]), strict=True):
+        assert_close(g, w, what=name)
+
+
+def test_dropless_computes_no_more_rows_than_it_may():
+    shapes = []
+
+    def expert_fn(x_AD, group_sizes_E=None):
+        shapes.append(x_AD.shape)
+        return x_AD
+
+    expert_TK, weight_TK, (x_TD, *_) = make_inputs()
+    for rows in (None, 29, T * K + 5):
+        jax.eval_shape(lambda rows=rows: DroplessDispatch(rows=rows)(x_TD, make_routing(expert_TK, weight_TK), expert_fn))
+    assert shapes == [(T * K, D), (29, D), (T * K, D)]
 
 
 def test_padding_takes_no_row():

@@ -129,7 +129,7 @@ BAD_TRAINING = {
     ),
     "no such group": ("--config.nothing.x=1", "the config has no field 'nothing'"),
     "no files": ("--config.data.paths=nowhere.txt", "data.paths entry 'nowhere.txt' matches no file"),
-    "too few devices": ("--config.mesh.data=3", "mesh = data 3xfsdp 1xexpert 4xtensor 1 does not fit 8 devices"),
+    "too few devices": ("--config.mesh.data=3", "mesh = data 3 x fsdp 1 x expert 4 x tensor 1 does not fit 8 devices"),
 }
 FAST = ("a typo", "too many experts a token")
 

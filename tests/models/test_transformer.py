@@ -11,7 +11,7 @@ from flax import nnx
 from tolerance import assert_close
 
 from moe_jax.config import AttentionConfig
-from moe_jax.mesh import make_mesh, shard_batch
+from moe_jax.mesh import EXPERT_AXES, make_mesh, shard_batch
 from moe_jax.models.transformer import build, token_ids
 
 VARIANTS = {
@@ -113,7 +113,7 @@ def test_initial_parameters_and_logits_are_those_of_one_device(mesh):
 def test_parameters_are_laid_out_as_designed():
     _, params, _ = model_of("moe", "fsdp 2 expert 2 tensor 2")
     moe = params["groups"]["moe"]["moe"]
-    assert moe["experts"]["w_up_EDF"].sharding.spec == jax.P(None, "expert", "fsdp", "tensor")
+    assert moe["experts"]["w_up_EDF"].sharding.spec == jax.P(None, EXPERT_AXES, "fsdp", "tensor")
     assert moe["experts"]["w_down_EFD"].addressable_shards[0].data.shape == (2, 4, 4, 8)
     assert params["head"]["w_DV"].sharding.spec == jax.P("fsdp", "tensor")
     assert params["groups"]["moe"]["attention"]["wo_HND"].sharding.spec == jax.P(None, "tensor", None, "fsdp")

@@ -2,12 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 from tolerance import assert_close
 
 from moe_jax.config import ConfigError
-from moe_jax.mesh import AXES
 from moe_jax.ops.attention import attention, choose_implementation
 
 SEGMENTS_BS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0, 0], [0, 5, 5, 5, 5, 5, 5, 5, 5, 0]], np.int32)
@@ -102,7 +101,7 @@ def test_inside_shard_map_split_by_rows_and_heads():
         y, pullback = jax.vjp(lambda *qkv: attention(*qkv, segment_ids_BS, window=3), q, k, v)
         return y, *pullback(jnp.cos(y))
 
-    mesh = jax.make_mesh((2, 1, 1, 2), AXES, axis_types=(AxisType.Explicit,) * 4, devices=jax.devices()[:4])
+    mesh = mesh_of(data=2, tensor=2)
     heads, rows = P("data", None, "tensor", None), P("data", None)
     with jax.set_mesh(mesh):
         island = jax.jit(jax.shard_map(run, in_specs=(heads,) * 3 + (rows,), out_specs=(heads,) * 4))

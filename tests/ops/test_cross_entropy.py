@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 from tolerance import assert_close
 
-from moe_jax.mesh import AXES, BATCH_AXES
+from moe_jax.mesh import BATCH_AXES
 from moe_jax.ops.cross_entropy import cross_entropy
 
 B, S, V = 8, 3, 10
@@ -57,7 +57,7 @@ def test_sharded_vocabulary_changes_nothing():
         return jax.value_and_grad(loss, has_aux=True)(logits_BSV)
 
     expected = loss_and_gradient(logits_BSV, targets_BS)
-    mesh = jax.make_mesh((2, 2, 1, 2), AXES, axis_types=(AxisType.Explicit,) * 4)
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
         spec = P(BATCH_AXES, None, "tensor")
         sharded = jax.reshard(logits_BSV, spec), jax.reshard(targets_BS, P(BATCH_AXES, None))
@@ -72,7 +72,7 @@ def test_sharded_vocabulary_changes_nothing():
 
 def test_inside_shard_map():
     logits_BSV, targets_BS = _inputs()
-    mesh = jax.make_mesh((2, 1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 4, devices=jax.devices()[:2])
+    mesh = mesh_of(data=2)
     with jax.set_mesh(mesh):
         island = jax.jit(jax.shard_map(cross_entropy, in_specs=(P("data"), P("data")), out_specs=P("data")))
         nll, _ = island(jax.reshard(logits_BSV, P("data")), jax.reshard(targets_BS, P("data")))

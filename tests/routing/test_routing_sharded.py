@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 from router_oracle import CASES
 from tolerance import assert_close
 
 from moe_jax.config import RouterConfig
-from moe_jax.mesh import AXES, BATCH_AXES
+from moe_jax.mesh import BATCH_AXES
 from moe_jax.routing import make_router
 from moe_jax.routing.losses import RoutingSums, balance_loss, routing_sums, sequence_balance_loss, z_loss
 
@@ -54,7 +55,7 @@ def test_eight_devices_agree_with_one(case):
     alone = jax.jit(jax.value_and_grad(make_loss(router, ()), argnums=(0, 1), has_aux=True))
     (value, sums), grads = alone(w_DE, x_TD, bias_E, mask_T, id_T, key)
 
-    mesh = jax.make_mesh((2, 2, 2, 1), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    mesh = mesh_of(data=2, fsdp=2, expert=2)
     rows, whole = P(BATCH_AXES), P()
     with jax.set_mesh(mesh):
         place = [
@@ -96,7 +97,7 @@ def test_sums_can_be_the_carry_of_a_scan_inside_shard_map():
         sums, _ = jax.lax.scan(step, first, (x_TD[None, S:], mask_T[None, S:]))
         return jax.lax.psum(sums, BATCH_AXES)
 
-    mesh = jax.make_mesh((2, 2, 2, 1), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    mesh = mesh_of(data=2, fsdp=2, expert=2)
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, P(BATCH_AXES))
         run = jax.jit(jax.shard_map(body, in_specs=(P(BATCH_AXES), P(BATCH_AXES)), out_specs=P()))

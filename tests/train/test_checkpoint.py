@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 
-from moe_jax.mesh import AXES
 from moe_jax.train.checkpoint import CheckpointError, Checkpoints
 
 SPECS = {
@@ -26,11 +26,6 @@ SPECS = {
     "load_LE": P(),
     "key": P(),
 }
-
-
-def mesh_of(*shape):
-    devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices)
 
 
 def make_state(seed=0):
@@ -66,13 +61,13 @@ def save_small(checkpoints, step, loss=None, value=None):
 SMALL = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2, 2), (1, 1, 8, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [dict(fsdp=2, expert=2, tensor=2), dict(expert=8), dict()], ids=str)
 def test_a_checkpoint_travels_to_another_mesh_bit_for_bit(tmp_path, shape):
-    saved = put(make_state(), mesh_of(8, 1, 1, 1))
+    saved = put(make_state(), mesh_of(data=8))
     extra = {"data": {"position": [3, 2**40]}, "metrics": {"loss": 0.1 + 0.2}}
     with Checkpoints(tmp_path / "c") as checkpoints:
         checkpoints.save(7, saved, extra)
-        target = abstract(put(make_state(1), mesh_of(*shape)))
+        target = abstract(put(make_state(1), mesh_of(**shape)))
         restored, read = checkpoints.restore(7, target)
     assert read == extra
     assert jax.tree.structure(restored) == jax.tree.structure(saved)

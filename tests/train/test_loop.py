@@ -197,7 +197,7 @@ def test_a_run_that_cannot_go_on_is_refused_and_left_as_it_is(folder, changes, e
             ConfigError,
             r"optimizer\.decay_fraction = 0\.9 overlap",
         ),
-        (dict(mesh__data=4), ConfigError, r"mesh = data 4x.*does not fit 8 devices"),
+        (dict(mesh__data=4), ConfigError, r"mesh = data 4 x .*does not fit 8 devices"),
         (dict(mesh__emulate=4), ConfigError, r"mesh\.emulate = 4 came too late"),
         (dict(data__batch_size=24), ConfigError, r"data\.batch_size = 24"),
         (dict(model__vocab_size=100), ConfigError, r"model\.vocab_size = 100 is less than the tokenizer's 257 ids"),

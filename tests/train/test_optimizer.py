@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 from tolerance import assert_close
 
 from moe_jax.config import ConfigError, OptimizerConfig
-from moe_jax.mesh import AXES
 from moe_jax.train.optimizer import learning_rate, make_optimizer, weight_decay_mask
 from moe_jax.train.paths import leaf_names
 
@@ -181,7 +181,7 @@ def test_a_gradient_below_the_norm_is_not_touched():
     assert_close(mu["head"]["w_DV"], 0.1 * small["head"]["w_DV"])
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 2, 2, 2), (2, 1, 4, 1)])
+@pytest.mark.parametrize("shape", [dict(data=8), dict(fsdp=2, expert=2, tensor=2), dict(data=2, expert=4)], ids=str)
 def test_sharded_updates_equal_one_device_and_moments_lie_with_their_parameters(shape):
     config = OptimizerConfig(clip_norm=0.5, warmup_steps=0, learning_rate=0.01)
     params, grads = arrays(SPECS, 0), arrays(SPECS, 1)
@@ -196,7 +196,7 @@ def test_sharded_updates_equal_one_device_and_moments_lie_with_their_parameters(
         return params, optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
 
     expected = two_updates(params, grads)
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 4)
+    mesh = mesh_of(**shape)
     with jax.set_mesh(mesh):
         put = lambda tree: jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, nest(SPECS))  # noqa: E731
         sharded = put(params)

@@ -1,0 +1,261 @@
+"""Training speed beside transformers' Mixtral: whole steps of the same work, in one process and in turn.
+
+Both train in float32 without recomputation and without clipping, dropless, with the balance loss and AdamW over every expert. The peer
+runs at the fastest of its settings (`SETTINGS`), found anew for each shape and named in the row; its experts one by one weight per
+assignment (`batched_mm`) are left out, since a copy of the weights for each assignment does not fit.
+"""
+
+import gc
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax.analysis import timing
+from moe_jax.analysis.devices import start_with
+from moe_jax.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RouterConfig,
+)
+from moe_jax.mesh import make_mesh, shard_batch
+from moe_jax.sizes import flops_per_token
+from moe_jax.train.state import create
+from moe_jax.train.step import make_train_step
+
+MATMUL = 2048  # width of the square product whose rate is the yardstick
+BALANCE_WEIGHT = 0.02
+SETTINGS = (("eager", "fused"), ("grouped_mm", "fused"), ("eager", "foreach"), ("grouped_mm", "foreach"))  # experts, AdamW
+EMULATED = 8
+MESHES = {"1": MeshConfig(data=1), "expert 8": MeshConfig(data=1, expert=8), "data 2 x expert 4": MeshConfig(data=2, expert=4)}
+
+
+class Shape(NamedTuple):
+    """One model and its batch."""
+
+    experts: int
+    top_k: int
+    d_ff: int
+    d_model: int = 512
+    layers: int = 8
+    heads: int = 8
+    vocabulary: int = 8192
+    batch: int = 8
+    length: int = 256
+
+
+SHAPES = (Shape(8, 2, 1024), Shape(64, 8, 256))
+
+
+def rows(repeats: int, shapes: Sequence[Shape] | None = None, settings: Sequence[tuple[str, str]] = SETTINGS) -> list[dict]:
+    """Three rows for each shape: ours beside the peer on one device, then ours on `EMULATED` emulated devices, two meshes.
+
+    Ratios are medians over the repeats, with `_min` and `_max`. `ratio` is of tokens per second: ours to the peer's on one device; on the
+    others ours to ours on one device in the same process, in turn. `share_of_matmul_rate` counts active FLOPs, `our_matmul_gflops` being
+    what a plain product attains in the same repeats, in JAX; `peer_matmul_gflops` is torch's.
+
+    Raises:
+      ConfigError: torch or transformers is missing.
+    """
+    torch, transformers = import_peer()
+    shapes = SHAPES if shapes is None else shapes
+    start_with(1)
+    alone = [_beside_the_peer(torch, transformers, shape, settings, repeats) for shape in shapes]
+    start_with(EMULATED)
+    return [row for shape, ours in zip(shapes, alone, strict=True) for row in (ours, *_on_meshes(shape, ours, repeats))]
+
+
+def import_peer() -> tuple[Any, Any]:
+    """torch, on all cores, and transformers.
+
+    OpenMP's threads are told to sleep when they have no work: by default they spin for a while, on the cores that JAX then wants.
+
+    Raises:
+      ConfigError: one of them is not installed.
+    """
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            f"--peer=transformers needs {error.name}, which is not installed; install the extra: pip install -e '.[hf]'."
+        ) from error
+    torch.set_num_threads(os.cpu_count())
+    return torch, transformers
+
+
+def our_config(shape: Shape, mesh: MeshConfig) -> Config:
+    """The shape as a config of ours."""
+    head_dim = shape.d_model // shape.heads
+    model = ModelConfig(
+        vocab_size=shape.vocabulary,
+        d_model=shape.d_model,
+        num_layers=shape.layers,
+        remat="none",
+        attention=AttentionConfig(num_heads=shape.heads, num_kv_heads=shape.heads, head_dim=head_dim),
+        moe=MoEConfig(
+            num_experts=shape.experts,
+            d_ff=shape.d_ff,
+            num_shared_experts=0,
+            router=RouterConfig("mixtral", shape.top_k),
+            balance_loss_weight=BALANCE_WEIGHT,
+            exchange_factor=1.25,  # with an exact path: nothing is dropped
+            exchange_overflow="exact",
+        ),
+    )
+    data = DataConfig(seq_len=shape.length, batch_size=shape.batch)
+    return Config(model=model, mesh=mesh, data=data, optimizer=OptimizerConfig(clip_norm=0.0))
+
+
+def peer_model(transformers: Any, shape: Shape, experts: str) -> Any:
+    """The shape as transformers' Mixtral, in training mode."""
+    config = transformers.MixtralConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.d_model,
+        intermediate_size=shape.d_ff,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        head_dim=shape.d_model // shape.heads,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        max_position_embeddings=shape.length,
+        output_router_logits=True,
+        router_aux_loss_coef=BALANCE_WEIGHT,
+        sliding_window=None,
+        pad_token_id=None,
+        use_cache=False,
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+    )
+    return transformers.MixtralForCausalLM(config).train()
+
+
+def random_batch(shape: Shape) -> dict[str, np.ndarray]:
+    """One document a row."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, shape.vocabulary, (shape.batch, shape.length + 1)).astype(np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.ones((shape.batch, shape.length), np.int32),
+        "positions": np.tile(np.arange(shape.length, dtype=np.int32), (shape.batch, 1)),
+        "loss_weights": np.ones((shape.batch, shape.length), np.float32),
+    }
+
+
+def _beside_the_peer(torch, transformers, shape, settings, repeats):
+    chosen = min(settings, key=lambda setting: _trial(torch, transformers, shape, setting))
+    one_device = _our_step(our_config(shape, MESHES["1"]), shape)
+    rivals = {
+        "ours": one_device,
+        "peer": _peer_step(torch, transformers, shape, *chosen),
+        "our matmul": _our_matmul(),
+        "peer matmul": _peer_matmul(torch),
+    }
+    seconds = timing.interleaved(rivals, repeats)
+    rivals.clear()
+    gc.collect()
+    matmul = 2e-9 * MATMUL**3 / statistics.median(seconds["our matmul"])
+    ours = _row(shape, "1", seconds["ours"], seconds["peer"], matmul)
+    ours |= {
+        "peer_tokens_per_second": shape.batch * shape.length / statistics.median(seconds["peer"]),
+        "peer_matmul_gflops": 2e-9 * MATMUL**3 / statistics.median(seconds["peer matmul"]),
+        "peer_experts": chosen[0],
+        "peer_adamw": chosen[1],
+    }
+    return ours
+
+
+def _on_meshes(shape, ours, repeats):
+    """Rows with the keys of `ours`, one mesh after the other: two models at a time are enough for the memory."""
+    one_device = _our_step(our_config(shape, MESHES["1"]), shape)
+    for name in [name for name in MESHES if name != "1"]:
+        seconds = timing.interleaved({"1": one_device, name: _our_step(our_config(shape, MESHES[name]), shape)}, repeats)
+        row = _row(shape, name, seconds[name], seconds["1"], ours["our_matmul_gflops"])
+        yield {key: row.get(key) for key in ours}
+        gc.collect()
+
+
+def _row(shape, mesh, seconds, baseline, matmul):
+    tokens = shape.batch * shape.length
+    median, least, greatest = timing.ratio(baseline, seconds)  # of speeds
+    flops = 3 * flops_per_token(our_config(shape, MESHES["1"]).model, shape.length) * tokens
+    return {
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "mesh": mesh,
+        "ours_tokens_per_second": tokens / statistics.median(seconds),
+        "peer_tokens_per_second": None,
+        "ratio": median,
+        "ratio_min": least,
+        "ratio_max": greatest,
+        "our_matmul_gflops": matmul,
+        "peer_matmul_gflops": None,
+        "share_of_matmul_rate": 1e-9 * flops / statistics.median(seconds) / matmul,
+    }
+
+
+def _our_step(config: Config, shape: Shape) -> Callable[[], jax.Array]:
+    mesh = make_mesh(config, jax.devices()[: np.prod(config.mesh.shape)])
+    with jax.set_mesh(mesh):
+        graphdef, optimizer, state = create(config)
+        batch = shard_batch(mesh, random_batch(shape))
+    step, key, held = make_train_step(config, graphdef, optimizer), jax.random.key(0), [state]
+
+    def one_step():
+        with jax.set_mesh(mesh):
+            held[0], metrics = step(held[0], batch, key)
+        return metrics["train/loss"]
+
+    return one_step
+
+
+def _peer_step(torch, transformers, shape, experts, adamw) -> Callable[[], float]:
+    torch.manual_seed(0)
+    model, defaults = peer_model(transformers, shape, experts), our_config(shape, MESHES["1"]).optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=defaults.learning_rate,
+        betas=(defaults.b1, defaults.b2),
+        eps=defaults.eps,
+        weight_decay=defaults.weight_decay,
+        **{adamw: True},
+    )
+    tokens = torch.from_numpy(random_batch(shape)["tokens"]).long()
+
+    def one_step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return one_step
+
+
+def _trial(torch, transformers, shape, setting):
+    """Median seconds of a few steps, after one that is not counted."""
+    step = _peer_step(torch, transformers, shape, *setting)
+    return statistics.median(timing.interleaved({"peer": step}, repeats=3, warmup=1)["peer"])
+
+
+def _our_matmul():
+    x = jax.device_put(np.ones((MATMUL, MATMUL), np.float32), jax.devices()[0])
+    product = jax.jit(lambda x: x @ x)
+    return lambda: product(x)
+
+
+def _peer_matmul(torch):
+    x = torch.ones((MATMUL, MATMUL))
+    return lambda: float((x @ x)[0, 0])
