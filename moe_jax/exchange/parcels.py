@@ -77,10 +77,6 @@ class OneByOne:
         claims = tuple(_as_floats(w) if has_weight and i == 0 else w for i, w in enumerate(words_RW[:, 1:].T))
         return _received(expert_R, jnp.ones_like(expert_R, jnp.float32), self.num_local, 1), claims
 
-    def fill(self, x_TD, routing: Routing, link: Link) -> jax.Array:
-        """The rows' tokens, [N, D]."""
-        return fill_rows(x_TD, routing, link.slots)
-
     def columns(self, choices: int | None, num_claims: int) -> int:
         """Words of 4 bytes that travel with a row: its expert and claims."""
         return 1 + num_claims
@@ -140,10 +136,6 @@ class SendOnce:
         if words_RW.shape[1] == choices:
             return routing, ()
         return routing, (*claim_keys(routing, self.priority), jnp.tile(words_RW[:, choices], choices))
-
-    def fill(self, x_TD, routing: Routing, link: Link) -> jax.Array:
-        """The rows' tokens, [N, D]."""
-        return fill_rows(x_TD, routing, link.slots)
 
     def columns(self, choices: int, num_claims: int) -> int:
         """Words of 4 bytes that travel with a row: K experts, K weights, the token's place if there are claims."""

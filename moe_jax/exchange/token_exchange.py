@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import Group
 from moe_jax.dispatch.contract import Dispatch, ExpertFn, Stats
+from moe_jax.dispatch.slots import fill_rows
 from moe_jax.exchange.contract import KEPT, Sent, Worked
 from moe_jax.exchange.parcels import Claims, OneByOne, Parcels, SendOnce, home_claims
 from moe_jax.exchange.room import Traffic
@@ -74,7 +75,7 @@ class TokenExchange:
         parcels = packing.pack(routing, keys)
         link = transport.open(parcels.peer_A, parcels.keys)
         told = packing.address(routing, claims, link)
-        shipped = ship(transport, Wire.of(self.moe, x_TD.dtype), link, packing.fill(x_TD, routing, link), *told)
+        shipped = ship(transport, Wire.of(self.moe, x_TD.dtype), link, fill_rows(x_TD, routing, link.slots), *told)
         x_RD, weights_RM, words_RW = jax.tree.map(lambda a: checkpoint_name(a, KEPT), shipped)
         received, claims = packing.read(weights_RM, words_RW, transport.arrived(link))
         return Sent(x_RD, (received, claims, Home(traffic, Wire.of(self.moe, x_TD.dtype), routing, parcels, link)))
