@@ -20,13 +20,13 @@ def described_mesh(device_kind: str, platform: str, **sizes: int) -> jax.shardin
 
 
 def tpu_devices(name: str = "v5p:2x2x1") -> list[jax.Device]:
-    """The devices of a TPU topology such as "v5p:2x2x1"; skips the test where libtpu is not installed.
+    """The devices of a TPU topology such as "v5p:2x2x1". A test that asks for them fails without libtpu, which the slow tier installs.
 
     libtpu comes with `pip install 'jax[tpu]==<the jax that is installed>'`; JAX finds it by itself, and it touches no hardware here.
     Build a mesh of them (`jax.make_mesh(..., devices=devices)`), set it, and `.lower(...).compile()`: nothing can be run.
     """
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for a TPU needs libtpu")
+        pytest.fail("compiling for a TPU needs libtpu; `bash launch/test.sh slow` installs it (the extra tpu).")
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # tests run in several processes
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -73,8 +73,9 @@ class OneByOne:
     def read(self, weights_RM, words_RW, is_row_R) -> tuple[Routing, Claims]:
         """The receiver's list, one assignment a row with weight 1, and its claims."""
         expert_R = jnp.where(is_row_R, words_RW[:, 0], self.num_local)
-        has_weight = words_RW.shape[1] == 4
-        claims = tuple(_as_floats(w) if has_weight and i == 0 else w for i, w in enumerate(words_RW[:, 1:].T))
+        claims = tuple(words_RW[:, 1:].T)
+        if claims and self.priority == "probability":
+            claims = (_as_floats(claims[0]), *claims[1:])
         return _received(expert_R, jnp.ones_like(expert_R, jnp.float32), self.num_local, 1), claims
 
     def columns(self, choices: int | None, num_claims: int) -> int:
