@@ -1,12 +1,11 @@
 """Grouped-query attention (2305.13245) with rotary positions; heads are split over the tensor axis."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import ModelConfig
-from moe_jax.layers.basic import RMSNorm, constant_param, gathered, normal_param, tensor_spec
+from moe_jax.layers.basic import RMSNorm, constant_param, gathered, normal_param, project, tensor_spec
 from moe_jax.mesh import batch_spec
 from moe_jax.ops.attention import attention
 from moe_jax.ops.rope import apply_rope
@@ -41,11 +40,11 @@ class Attention(nnx.Module):
             q_BSHN, k_BSGN = self.q_norm(q_BSHN), self.k_norm(k_BSGN)
         y_BSHN = _attend(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, self.config)
         w_HND = gathered(self.wo_HND, P("tensor", None, None), self.dtype)
-        y_BSD = jnp.einsum("BSHN,HND->BSD", y_BSHN, w_HND, out_sharding=tensor_spec(None))
+        y_BSD = project("BSHN,HND->BSD", y_BSHN, w_HND, tensor_spec(None))
         return y_BSD + self.bo_D[...].astype(self.dtype) if self.config.out_bias else y_BSD
 
     def _project(self, x_BSD, w, bias_name):
-        y = jnp.einsum("BSD,DHN->BSHN", x_BSD, gathered(w, P(None, "tensor", None), self.dtype))
+        y = project("BSD,DHN->BSHN", x_BSD, gathered(w, P(None, "tensor", None), self.dtype))
         return y + getattr(self, bias_name)[...].astype(self.dtype) if self.config.qkv_bias else y
 
 

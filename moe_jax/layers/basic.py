@@ -1,5 +1,8 @@
 """Parameters with their shardings, and the layers too small for a file of their own."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -68,7 +71,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x_BSD: jax.Array) -> jax.Array:
         """Logits [B, S, V], split over the vocabulary on the tensor axis."""
-        return vocabulary_logits(x_BSD, gathered(self.table_VD, P("tensor", None), self.dtype).T)
+        return project("BSD,DV->BSV", x_BSD, gathered(self.table_VD, P("tensor", None), self.dtype).T)
 
 
 class Head(nnx.Module):
@@ -79,26 +82,31 @@ class Head(nnx.Module):
         self.w_DV = normal_param(rngs, (d_model, vocab_size), ("fsdp", "tensor"), std)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        return vocabulary_logits(x_BSD, gathered(self.w_DV, P(None, "tensor"), self.dtype))
+        return project("BSD,DV->BSV", x_BSD, gathered(self.w_DV, P(None, "tensor"), self.dtype))
 
 
-@jax.custom_vjp
-def vocabulary_logits(x_BSD: jax.Array, w_DV: jax.Array) -> jax.Array:
-    """x w, with the weight's gradient as x^T g: autodiff's (g^T x)^T has XLA:CPU transpose g, which is as large as the logits."""
-    return jnp.einsum("BSD,DV->BSV", x_BSD, w_DV)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def project(subscripts: str, x: jax.Array, w: jax.Array, out_sharding: P | None = None) -> jax.Array:
+    """`jnp.einsum` of activations and a weight, of arrays on an Explicit mesh, with the weight's gradient as x^T g.
+
+    Autodiff's is (g^T x)^T, for which XLA:CPU transposes g: as large as the logits for the head, and once for each of the weights
+    that share an x. Every letter is in two of the three terms.
+    """
+    return jnp.einsum(subscripts, x, w, out_sharding=out_sharding)
 
 
-def _logits_forward(x_BSD, w_DV):
-    return vocabulary_logits(x_BSD, w_DV), (x_BSD, w_DV)
+def _project_forward(subscripts, x, w, out_sharding):
+    return project(subscripts, x, w, out_sharding), (x, w)
 
 
-def _logits_backward(residuals, g_BSV):
-    x_BSD, w_DV = residuals
-    g_x_BSD = jnp.einsum("BSV,DV->BSD", g_BSV, w_DV, out_sharding=jax.typeof(x_BSD).sharding)
-    return g_x_BSD, jnp.einsum("BSD,BSV->DV", x_BSD, g_BSV, out_sharding=jax.typeof(w_DV).sharding)
+def _project_backward(subscripts, out_sharding, residuals, g):
+    x, w = residuals
+    of_x, of_w, of_g = re.split(",|->", subscripts)
+    g_x = jnp.einsum(f"{of_g},{of_w}->{of_x}", g, w, out_sharding=jax.typeof(x).sharding)
+    return g_x, jnp.einsum(f"{of_x},{of_g}->{of_w}", x, g, out_sharding=jax.typeof(w).sharding)
 
 
-vocabulary_logits.defvjp(_logits_forward, _logits_backward)
+project.defvjp(_project_forward, _project_backward)
 
 
 def tensor_spec(*axes: str | None) -> P:

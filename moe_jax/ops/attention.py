@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import ConfigError
+from moe_jax.ops.attention_blocks import attend_in_blocks
 
 CUDNN_DTYPES = ("bfloat16", "float16")
 CUDNN_MAX_HEAD_DIM = 128
@@ -51,25 +52,16 @@ def attention(
     else:
         distance_ST = jnp.arange(q_BSHN.shape[1])[:, None] - jnp.arange(k_BSGN.shape[1])
         in_reach_ST = (distance_ST >= 0) & (distance_ST < window) if window else distance_ST >= 0
-        y_BSHN = _attend(q_BSHN, k_BSGN, v_BSGN, same_BST & in_reach_ST)
+        y_BSHN = _attend(q_BSHN, k_BSGN, v_BSGN, same_BST & in_reach_ST, window)
     return jnp.where((segment_ids_BS != 0)[:, :, None, None], y_BSHN, 0)
 
 
-def _attend(q_BSHN, k_BSGN, v_BSGN, sees_BST):
-    """Two products and the softmax between them, its division last: on [S, N] instead of [S, T], backward too.
-
-    Heads come first before the products, for whom they are batch axes: R query heads to each key/value head.
-    """
+def _attend(q_BSHN, k_BSGN, v_BSGN, sees_BST, window):
+    """Heads first, for whom the products are batches: R query heads to each key/value head."""
     (B, S, H, N), G = q_BSHN.shape, k_BSGN.shape[2]
-    q_BGRSN = jnp.swapaxes(q_BSHN, 1, 2).reshape(B, G, H // G, S, N)
-    k_BGTN, v_BGTN = jnp.swapaxes(k_BSGN, 1, 2), jnp.swapaxes(v_BSGN, 1, 2)
-    score_BGRST = jnp.einsum("BGRSN,BGTN->BGRST", q_BGRSN, k_BGTN, preferred_element_type=jnp.float32)
-    score_BGRST = jnp.where(sees_BST[:, None, None], score_BGRST * N**-0.5, jnp.finfo(jnp.float32).min)
-    highest = jax.lax.stop_gradient(jnp.max(score_BGRST, axis=-1, keepdims=True))
-    weight_BGRST = jnp.exp(score_BGRST - highest)
-    y_BGRSN = jnp.einsum("BGRST,BGTN->BGRSN", weight_BGRST.astype(v_BGTN.dtype), v_BGTN, preferred_element_type=jnp.float32)
-    y_BGRSN = y_BGRSN / jnp.sum(weight_BGRST, axis=-1, keepdims=True)
-    return jnp.swapaxes(y_BGRSN.reshape(B, H, S, N), 1, 2).astype(q_BSHN.dtype)
+    q_XRSN = jnp.swapaxes(q_BSHN, 1, 2).reshape(B * G, H // G, S, N)
+    k_XTN, v_XTN = (jnp.swapaxes(x, 1, 2).reshape(B * G, S, N) for x in (k_BSGN, v_BSGN))
+    return jnp.swapaxes(attend_in_blocks(q_XRSN, k_XTN, v_XTN, sees_BST, window).reshape(B, H, S, N), 1, 2)
 
 
 def choose_implementation(implementation: str, dtype: jnp.dtype, head_dim: int, platform: str | None = None) -> str:

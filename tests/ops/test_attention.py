@@ -8,6 +8,7 @@ from tolerance import assert_close
 
 from moe_jax.config import ConfigError
 from moe_jax.ops.attention import attention, choose_implementation
+from moe_jax.ops.attention_blocks import blocks
 
 SEGMENTS_BS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0, 0], [0, 5, 5, 5, 5, 5, 5, 5, 5, 0]], np.int32)
 B, S, H, G, N = 2, 10, 4, 2, 8
@@ -59,6 +60,48 @@ def test_gradients_show_exactly_who_sees_whom(window):
     influence_BST = np.asarray(jax.jit(jax.grad(total))(jnp.zeros((B, S, S))))
     expected = np.array([[[_sees(b, s, t, window) for t in range(S)] for s in range(S)] for b in range(B)])
     np.testing.assert_array_equal(influence_BST != 0, expected)
+
+
+@pytest.mark.parametrize("window", [0, 2, 40, 100])
+def test_several_blocks_against_jax_with_gradients(window):
+    length = 150
+    assert len(blocks(length, window)) == 3
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, g = (jax.random.normal(key, (B, length, h, N)) for key, h in zip(keys, (H, G, G, H), strict=True))
+    segment_ids = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 2]], length // 3, axis=1))
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    local = (window - 1, 0) if window else None
+
+    def expected(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, local_window_size=local)
+
+    ours = jax.vjp(lambda *qkv: attention(*qkv, segment_ids, window=window), q, k, v)
+    theirs = jax.vjp(expected, q, k, v)
+    assert_close(ours[0], theirs[0])
+    for actual, gradient in zip(ours[1](g), theirs[1](g), strict=True):
+        assert_close(actual, gradient)
+
+
+@pytest.mark.parametrize("window", [0, 1, 70])
+@pytest.mark.parametrize("length", [1, 64, 150, 1000])
+def test_blocks_hold_every_pair_in_reach_and_little_else(length, window):
+    seen = np.zeros((length, length), int)
+    for rows, keys in blocks(length, window):
+        seen[rows, keys] += 1
+    distance = np.arange(length)[:, None] - np.arange(length)
+    in_reach = (distance >= 0) & ((distance < window) if window else True)
+    assert seen[in_reach].min() == seen.max() == 1
+    widest = max(rows.stop - rows.start for rows, _ in blocks(length, window))
+    assert not seen[(distance <= -widest) | (distance >= window + widest if window else False)].any()
+
+
+def test_nothing_of_the_size_of_all_scores_is_kept_for_the_gradient():
+    q = jax.ShapeDtypeStruct((1, 512, 1, N), jnp.float32)
+    segment_ids = jnp.ones((1, 512), jnp.int32)
+    kept = jax.eval_shape(lambda *qkv: jax.vjp(lambda *x: attention(*x, segment_ids), *qkv)[1], q, q, q)
+    floats = [x.size for x in jax.tree.leaves(kept) if x.dtype == jnp.float32]
+    assert floats
+    assert max(floats) <= 512 * N
 
 
 def test_padding_is_zero_forward_and_backward():
