@@ -7,6 +7,7 @@ its first use. Where a program is only compiled, for hardware that is not there,
 
 import concurrent.futures
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 
@@ -31,25 +32,24 @@ def grouped_matmul_reference(x_AD: jax.Array, w_EDF: jax.Array, group_sizes_E: j
     return jnp.einsum("EAD,EDF->AF", x_EAD, w_EDF, preferred_element_type=jnp.float32).astype(x_AD.dtype)
 
 
-def _grouped_matmul_gpu(x_AD, w_EDF, group_sizes_E):
-    from moe_jax.ops.grouped_matmul_gpu import (
-        grouped_matmul_gpu,  # Pallas takes half a second to import, and most runs need none
-    )
-
-    return grouped_matmul_gpu(x_AD, w_EDF, group_sizes_E)
-
-
-def _grouped_matmul_tpu(x_AD, w_EDF, group_sizes_E):
-    from moe_jax.ops.grouped_matmul_tpu import grouped_matmul_tpu
-
-    return grouped_matmul_tpu(x_AD, w_EDF, group_sizes_E)
+def _kernel(platform, x_AD, w_EDF, group_sizes_E):
+    """The Pallas kernel for a platform; imported late, since Pallas takes half a second and most runs need none."""
+    name = f"grouped_matmul_{platform}"
+    try:
+        kernel = getattr(importlib.import_module(f"moe_jax.ops.{name}"), name)
+    except ImportError as error:
+        raise ConfigError(
+            f"model.moe.grouped_matmul = {platform!r} needs Pallas for it, which this jax does not have ({error}); choose 'cpu', plain"
+            " JAX that is right everywhere and slow there, or another jax."
+        ) from error
+    return kernel(x_AD, w_EDF, group_sizes_E)
 
 
 BACKENDS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "reference": grouped_matmul_reference,
     "cpu": grouped_matmul_cpu,
-    "gpu": _grouped_matmul_gpu,
-    "tpu": _grouped_matmul_tpu,
+    "gpu": functools.partial(_kernel, "gpu"),
+    "tpu": functools.partial(_kernel, "tpu"),
 }
 KERNELS = {"gpu": "gpu", "tpu": "tpu"}  # backends that run on one platform only, and that platform
 

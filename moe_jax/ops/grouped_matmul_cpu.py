@@ -1,9 +1,11 @@
 """Grouped matrix product as dense products of row blocks: plain JAX, right on every platform, fast on CPU.
 
 A loop over experts holds a loop over the expert's blocks of rows, with a trip count that the group's size decides, so the work follows
-the true sizes. Each expert takes as many of the largest blocks as fit whole, and one more that is hardly larger than what is left: it
-may reach past the expert's rows, and is masked. The result is a carried buffer that XLA updates in place.
+the true sizes. Each expert takes as many of the largest blocks as fit whole, and before them one that is hardly larger than what they
+leave: it may reach past those rows, and is masked. The result is a carried buffer that XLA updates in place.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +58,9 @@ def _rows_times_weights(x_AD, w_EDF, group_sizes_E, contract):
     def expert(e, y_AF):
         w_DF = lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
 
-        def block(y_AF, rows, first, at, whole):
+        def block(y_AF, rows, at, own_R1):
             y_RF = lax.dot_general(lax.dynamic_slice_in_dim(x_AD, at, rows), w_DF, dims, preferred_element_type=jnp.float32)
-            if not whole:  # rows of other experts in this block keep what they have
-                own_R1 = own_rows(rows, first, at, ends_E[e])
+            if own_R1 is not None:  # other rows in this block keep what they have
                 y_RF = jnp.where(own_R1, y_RF, lax.dynamic_slice_in_dim(y_AF, at, rows))
             return lax.dynamic_update_slice_in_dim(y_AF, y_RF, at, axis=0)
 
@@ -78,10 +79,9 @@ def _weight_gradient(x_AD, g_AF, group_sizes_E):
     shape_DF = (x_AD.shape[1], g_AF.shape[1])
 
     def expert(e, dw_EDF):
-        def block(dw_DF, rows, first, at, whole):
+        def block(dw_DF, rows, at, own_R1):
             x_RD, g_RF = (lax.dynamic_slice_in_dim(a, at, rows) for a in (x_AD, g_AF))
-            if not whole:
-                own_R1 = own_rows(rows, first, at, ends_E[e])
+            if own_R1 is not None:
                 x_RD, g_RF = jnp.where(own_R1, x_RD, 0), jnp.where(own_R1, g_RF, 0)
             dims = (((0,), (0,)), ((), ()))
             return dw_DF + lax.dot_general(x_RD, g_RF, dims, preferred_element_type=jnp.float32)
@@ -96,27 +96,22 @@ def _weight_gradient(x_AD, g_AF, group_sizes_E):
 
 
 def for_each_block(block, carry, start, end, num_rows, num_experts):
-    """Covers rows [start, end) once with `carry = block(carry, rows, first, at, whole)`.
+    """Covers rows [start, end) once with `carry = block(carry, rows, at, own_R1)`: the block is the static number `rows` from `at`.
 
-    `rows` and `whole` are static. The block is rows [at, at + rows), of which [first, min(first + rows, end)) are to be
-    covered: all of them where `whole`. `at` is less than `first` only where the block would reach past the array.
+    `own_R1` (bool) says which of its rows are to be covered; None: all of them. First comes the one block that has it, with the rows
+    that fill no largest block, and only if the group is empty there is none; then as many of the largest as there are.
     """
     sizes = block_sizes(num_rows, num_experts)
-    for rows, smaller in ((sizes[0], None), *zip(sizes, (*sizes[1:], 0), strict=True)):
-        whole, left = smaller is None, end - start
-        count = left // rows if whole else jnp.where((left > smaller) & (left <= rows), 1, 0)
+    rest = jnp.where(end > start, (end - start - 1) % sizes[0] + 1, 0)
 
-        def body(j, carry, rows=rows, whole=whole, start=start):
-            # `first` must depend on j, also where that is always 0: what does not, XLA moves out of the loop and runs every time.
-            first = start + j * rows
-            return block(carry, rows, first, first if whole else jnp.minimum(first, num_rows - rows), whole)
+    def masked(rows, j, carry):
+        # `first` must depend on j, though it is always 0: what does not, XLA moves out of the loop and runs every time.
+        first = start + j * rows
+        at = jnp.minimum(first, num_rows - rows)
+        row_R1 = at + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+        return block(carry, rows, at, (row_R1 >= first) & (row_R1 < start + rest))
 
-        carry = lax.fori_loop(0, count, body, carry)
-        start = start + count * rows
-    return carry
-
-
-def own_rows(rows: int, first: jax.Array, at: jax.Array, end: jax.Array) -> jax.Array:
-    """bool [rows, 1]: the rows of a block that are to be covered (see `for_each_block`)."""
-    row_R1 = at + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    return (row_R1 >= first) & (row_R1 < end)
+    for rows, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
+        carry = lax.fori_loop(0, jnp.where((rest > smaller) & (rest <= rows), 1, 0), partial(masked, rows), carry)
+    whole = (end - start - rest) // sizes[0]
+    return lax.fori_loop(0, whole, lambda j, carry: block(carry, sizes[0], start + rest + j * sizes[0], None), carry)

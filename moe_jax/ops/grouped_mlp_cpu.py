@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.ops.grouped_matmul_cpu import for_each_block, own_rows
+from moe_jax.ops.grouped_matmul_cpu import for_each_block
 from moe_jax.ops.varying import vary_over, varying_axes
 
 Weights = tuple[jax.Array, ...]
@@ -43,11 +43,10 @@ def _run(activate, x_AD, w_in, w_out_EFD, group_sizes_E, keep):
     def expert(e, carry):
         w_in_DF, w_out_FD = _of_expert(w_in, e), lax.dynamic_index_in_dim(w_out_EFD, e, keepdims=False)
 
-        def block(carry, rows, first, at, whole):
+        def block(carry, rows, at, own_R1):
             pre_RF = _dot(lax.dynamic_slice_in_dim(x_AD, at, rows), w_in_DF, _ROWS_BY_WEIGHT)
             h_RF = activate(*jnp.split(pre_RF.astype(dtype), len(w_in), axis=1))
             written = (_dot(h_RF, w_out_FD, _ROWS_BY_WEIGHT), pre_RF)[: len(carry)]
-            own_R1 = None if whole else own_rows(rows, first, at, ends_E[e])
             return tuple(_write(to, value, at, own_R1) for to, value in zip(carry, written, strict=True))
 
         return for_each_block(block, carry, ends_E[e] - group_sizes_E[e], ends_E[e], num_rows, len(group_sizes_E))
@@ -67,19 +66,22 @@ def _backward(activate, residuals, g_AD):
     def expert(e, carry):
         w_in_DF, w_out_FD = _of_expert(w_in, e), lax.dynamic_index_in_dim(w_out_EFD, e, keepdims=False)
 
-        def block(carry, rows, first, at, whole):
+        def block(carry, rows, at, own_R1):
             dx_AD, dw_out_EFD, *dw_in = carry
             x_RD, g_RD, pre_RF = (lax.dynamic_slice_in_dim(array, at, rows) for array in (x_AD, g_AD, pre_AF))
-            own_R1 = None if whole else own_rows(rows, first, at, ends_E[e])
-            if not whole:  # with g = 0 other rows' gradients are 0; what lies in x past the end may be anything
+            if own_R1 is not None:  # with g = 0 other rows' gradients are 0; what lies in x past the end may be anything
                 x_RD, g_RD = jnp.where(own_R1, x_RD, 0), jnp.where(own_R1, g_RD, 0)
             h_RF, pullback = jax.vjp(activate, *jnp.split(pre_RF, len(w_in), axis=1))
             dh_RF = _dot(g_RD, w_out_FD, _ROWS_BY_WEIGHT_T).astype(dtype)
             dpre_RF = jnp.concatenate(pullback(dh_RF), axis=1)
             dx_AD = _write(dx_AD, _dot(dpre_RF, w_in_DF, _ROWS_BY_WEIGHT_T), at, own_R1)
             dw_in_DF = jnp.split(_dot(x_RD, dpre_RF, _COLUMNS), len(w_in), axis=1)
-            dw_out_EFD = _add(dw_out_EFD, _dot(h_RF, g_RD, _COLUMNS), e)
-            return dx_AD, dw_out_EFD, *(_add(to, dw_DF, e) for to, dw_DF in zip(dw_in, dw_in_DF, strict=True))
+            dw_out_EFD = _add(dw_out_EFD, _dot(h_RF, g_RD, _COLUMNS), e, own_R1 is not None)
+            return (
+                dx_AD,
+                dw_out_EFD,
+                *(_add(to, dw_DF, e, own_R1 is not None) for to, dw_DF in zip(dw_in, dw_in_DF, strict=True)),
+            )
 
         return for_each_block(block, carry, ends_E[e] - group_sizes_E[e], ends_E[e], num_rows, len(group_sizes_E))
 
@@ -112,8 +114,10 @@ def _write(to_AX, value_RX, at, own_R1):
     return lax.dynamic_update_slice_in_dim(to_AX, value_RX, at, axis=0)
 
 
-def _add(to_EDF, dw_DF, e):
-    return lax.dynamic_update_index_in_dim(to_EDF, lax.dynamic_index_in_dim(to_EDF, e, keepdims=False) + dw_DF, e, axis=0)
+def _add(to_EDF, dw_DF, e, is_first):
+    """Adds to the expert's gradient, or starts it: then what is there need not be read."""
+    dw_DF = dw_DF if is_first else lax.dynamic_index_in_dim(to_EDF, e, keepdims=False) + dw_DF
+    return lax.dynamic_update_index_in_dim(to_EDF, dw_DF, e, axis=0)
 
 
 def _zeros(shapes, *arguments):

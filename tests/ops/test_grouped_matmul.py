@@ -1,5 +1,6 @@
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -112,10 +113,11 @@ def test_blocks_cover_each_group_once(num_rows):
         sizes = cpu.block_sizes(num_rows, 4)
         assert list(sizes) == sorted(set(sizes), reverse=True)
 
-        def block(covered, rows, first, at, whole):
-            row = at + jnp.arange(rows)
-            own = (row >= first) & (row < end)  # noqa: B023  called before the loop goes on
-            return covered.at[row].add(own.astype(jnp.int32), mode="drop") + (whole & ~own.all())
+        def block(covered, rows, at, own_R1):
+            before = covered.sum()
+            own = jnp.ones(rows, jnp.int32) if own_R1 is None else own_R1[:, 0].astype(jnp.int32)
+            covered = covered.at[at + jnp.arange(rows)].add(own, mode="drop")
+            return covered + (0 if own_R1 is None else 100 * before)  # only the first block is masked
 
         covered = cpu.for_each_block(block, jnp.zeros(num_rows, jnp.int32), start, end, num_rows, 4)
         np.testing.assert_array_equal(covered, (np.arange(num_rows) >= start) & (np.arange(num_rows) < end))
@@ -210,6 +212,14 @@ def test_a_backend_that_cannot_run_here_is_refused_in_a_sentence():
         gm.choose_backend("auto", "bfloat16")
     with described("some chip", "some"), pytest.raises(ConfigError, match="'auto' has no kernel for platform 'some'; choose"):
         gm.choose_backend("auto", "bfloat16")
+
+
+@pytest.mark.parametrize("name", gm.KERNELS)
+def test_a_kernel_whose_compiler_is_missing_is_refused_in_a_sentence(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, f"moe_jax.ops.grouped_matmul_{name}", None)
+    x_AD, w_EDF, _, sizes_E = _inputs(10, (5, 5))
+    with pytest.raises(ConfigError, match=rf"grouped_matmul = '{name}' needs Pallas for it, .* choose 'cpu'"):
+        gm.BACKENDS[name](x_AD, w_EDF, sizes_E)
 
 
 def test_bad_arguments_are_refused_in_a_sentence():
