@@ -5,7 +5,7 @@
     python -m launch.bench train --out=bench --config=configs/quickstart.py
     python -m launch.bench train --out=bench --peer=transformers
 
-Rivals are measured in turn in the same process; figures are medians, with the spread beside them.
+Rivals are measured in turn; figures are medians, with the spread beside them.
 """
 
 import json

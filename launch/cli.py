@@ -1,7 +1,6 @@
 """What the programs share: refusals in one sentence, the project's own log lines, and a mesh written on the command line."""
 
 import contextlib
-import ctypes
 import logging
 import os
 import pathlib
@@ -17,6 +16,7 @@ from ml_collections import config_flags
 
 from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
 from moe_jax.data.documents import DataError
+from moe_jax.heap import keep_freed_memory
 from moe_jax.train.checkpoint import CheckpointError
 from moe_jax.train.loop import TrainingError
 
@@ -38,7 +38,7 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
         if len(argv) < expected:
             raise app.UsageError(f"{argument} is missing.")
         _set_up_logging()
-        _keep_freed_memory()
+        keep_freed_memory()
         _overlap_on_tpus()
         try:
             main(*argv[1:])
@@ -99,20 +99,6 @@ def _causes(error):
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _keep_freed_memory():
-    """Lets glibc keep what it frees instead of giving it back to the kernel; elsewhere nothing happens.
-
-    On the CPU every train step allocates its temporaries anew, in one piece. Returned to the kernel, which gives out zeroed pages, they
-    cost the quickstart 200,000 page faults and about a third of its time per step. So no allocation has a mapping of its own, however
-    large, and the heap is never trimmed.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        arena_max, mmap_max, top_pad, trim_threshold = -8, -4, -2, -1  # malloc.h
-        for option, value in ((arena_max, 1), (mmap_max, 0), (top_pad, 2**28), (trim_threshold, -1)):
-            mallopt(option, value)
 
 
 def _overlap_on_tpus():

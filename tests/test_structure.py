@@ -20,6 +20,7 @@ FLOORS = {
     "moe_jax.validation": 0,
     "moe_jax.sizes": 0,
     "moe_jax.mesh": 0,
+    "moe_jax.heap": 0,
     "moe_jax.ops": 1,
     "moe_jax.routing": 2,
     "moe_jax.dispatch": 3,

@@ -1,11 +1,11 @@
-"""Training speed beside transformers' Mixtral: whole steps of the same work, in one process and in turn.
+"""Training speed beside transformers' Mixtral: whole steps of the same work, in turn, each side in a process of its own.
 
 Both train in float32 without recomputation and without clipping, dropless, with the balance loss and AdamW over every expert. The peer
 runs at the fastest of its settings (`SETTINGS`), found anew for each shape and named in the row; its experts one by one weight per
-assignment (`batched_mm`) are left out, since a copy of the weights for each assignment does not fit.
+assignment (`batched_mm`) are left out, since a copy of the weights for each assignment does not fit. Both sides keep the memory they
+free (`moe_jax.heap`).
 """
 
-import gc
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from moe_jax.analysis import timing
+from moe_jax.analysis.contender import Contender
 from moe_jax.analysis.devices import start_with
 from moe_jax.config import (
     AttentionConfig,
@@ -35,6 +36,7 @@ from moe_jax.train.step import make_train_step
 MATMUL = 2048  # width of the square product whose rate is the yardstick
 BALANCE_WEIGHT = 0.02
 SETTINGS = (("eager", "fused"), ("grouped_mm", "fused"), ("eager", "foreach"), ("grouped_mm", "foreach"))  # experts, AdamW
+WARMUP = 4  # rounds until a process has all the memory it will use
 EMULATED = 8
 MESHES = {"1": MeshConfig(data=1), "expert 8": MeshConfig(data=1, expert=8), "data 2 x expert 4": MeshConfig(data=2, expert=4)}
 
@@ -59,30 +61,25 @@ SHAPES = (Shape(8, 2, 1024), Shape(64, 8, 256))
 def rows(repeats: int, shapes: Sequence[Shape] | None = None, settings: Sequence[tuple[str, str]] = SETTINGS) -> list[dict]:
     """Three rows for each shape: ours beside the peer on one device, then ours on `EMULATED` emulated devices, two meshes.
 
-    Ratios are medians over the repeats, with `_min` and `_max`. `ratio` is of tokens per second: ours to the peer's on one device; on the
-    others ours to ours on one device in the same process, in turn. `share_of_matmul_rate` counts active FLOPs, `our_matmul_gflops` being
-    what a plain product attains in the same repeats, in JAX; `peer_matmul_gflops` is torch's.
+    Ratios are medians over the repeats, with `_min` and `_max`. `ratio` is of tokens per second: ours to the peer's on one device, in
+    turn; on the others ours to ours on one device, measured just before (both at once do not fit the memory). `share_of_matmul_rate`
+    counts active FLOPs, `our_matmul_gflops` being what a plain product attains in the same repeats, in JAX; `peer_matmul_gflops` is
+    torch's.
 
     Raises:
       ConfigError: torch or transformers is missing.
     """
-    torch, transformers = import_peer()
+    import_peer()
     shapes = SHAPES if shapes is None else shapes
-    start_with(1)
-    alone = [_beside_the_peer(torch, transformers, shape, settings, repeats) for shape in shapes]
-    start_with(EMULATED)
-    return [row for shape, ours in zip(shapes, alone, strict=True) for row in (ours, *_on_meshes(shape, ours, repeats))]
+    return [row for shape in shapes for row in _of_shape(shape, settings, repeats)]
 
 
 def import_peer() -> tuple[Any, Any]:
     """torch, on all cores, and transformers.
 
-    OpenMP's threads are told to sleep when they have no work: by default they spin for a while, on the cores that JAX then wants.
-
     Raises:
       ConfigError: one of them is not installed.
     """
-    os.environ |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
     try:
         import torch
         import transformers
@@ -154,37 +151,34 @@ def random_batch(shape: Shape) -> dict[str, np.ndarray]:
     }
 
 
-def _beside_the_peer(torch, transformers, shape, settings, repeats):
-    chosen = min(settings, key=lambda setting: _trial(torch, transformers, shape, setting))
-    one_device = _our_step(our_config(shape, MESHES["1"]), shape)
-    rivals = {
-        "ours": one_device,
-        "peer": _peer_step(torch, transformers, shape, *chosen),
-        "our matmul": _our_matmul(),
-        "peer matmul": _peer_matmul(torch),
-    }
-    seconds = timing.interleaved(rivals, repeats)
-    rivals.clear()
-    gc.collect()
-    matmul = 2e-9 * MATMUL**3 / statistics.median(seconds["our matmul"])
-    ours = _row(shape, "1", seconds["ours"], seconds["peer"], matmul)
-    ours |= {
-        "peer_tokens_per_second": shape.batch * shape.length / statistics.median(seconds["peer"]),
-        "peer_matmul_gflops": 2e-9 * MATMUL**3 / statistics.median(seconds["peer matmul"]),
-        "peer_experts": chosen[0],
-        "peer_adamw": chosen[1],
-    }
-    return ours
+def _of_shape(shape, settings, repeats):
+    chosen = min(settings, key=lambda setting: _trial(shape, setting))
+    with (
+        Contender(_our_step, shape, "1") as ours,
+        Contender(_peer_step, shape, *chosen) as peer,
+        Contender(_our_matmul) as our_matmul,
+        Contender(_peer_matmul) as peer_matmul,
+    ):
+        rivals = {"ours": ours, "peer": peer, "our matmul": our_matmul, "peer matmul": peer_matmul}
+        seconds = timing.interleaved(rivals, repeats, WARMUP)
+        matmul = _gflops(seconds["our matmul"])
+        row = _row(shape, "1", seconds["ours"], seconds["peer"], matmul)
+        row |= {
+            "peer_tokens_per_second": shape.batch * shape.length / statistics.median(seconds["peer"]),
+            "peer_matmul_gflops": _gflops(seconds["peer matmul"]),
+            "peer_experts": chosen[0],
+            "peer_adamw": chosen[1],
+        }
+        yield row
+    for mesh in [mesh for mesh in MESHES if mesh != "1"]:
+        with Contender(_our_step, shape, mesh) as ours:
+            emulated = timing.interleaved({mesh: ours}, repeats, WARMUP)[mesh]
+        emulated = _row(shape, mesh, emulated, seconds["ours"], matmul)
+        yield {key: emulated.get(key) for key in row}
 
 
-def _on_meshes(shape, ours, repeats):
-    """Rows with the keys of `ours`, one mesh after the other: two models at a time are enough for the memory."""
-    one_device = _our_step(our_config(shape, MESHES["1"]), shape)
-    for name in [name for name in MESHES if name != "1"]:
-        seconds = timing.interleaved({"1": one_device, name: _our_step(our_config(shape, MESHES[name]), shape)}, repeats)
-        row = _row(shape, name, seconds[name], seconds["1"], ours["our_matmul_gflops"])
-        yield {key: row.get(key) for key in ours}
-        gc.collect()
+def _gflops(seconds):
+    return 2e-9 * MATMUL**3 / statistics.median(seconds)
 
 
 def _row(shape, mesh, seconds, baseline, matmul):
@@ -206,8 +200,10 @@ def _row(shape, mesh, seconds, baseline, matmul):
     }
 
 
-def _our_step(config: Config, shape: Shape) -> Callable[[], jax.Array]:
-    mesh = make_mesh(config, jax.devices()[: np.prod(config.mesh.shape)])
+def _our_step(shape: Shape, name: str) -> Callable[[], jax.Array]:
+    config = our_config(shape, MESHES[name])
+    start_with(1 if name == "1" else EMULATED)
+    mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         graphdef, optimizer, state = create(config)
         batch = shard_batch(mesh, random_batch(shape))
@@ -221,7 +217,8 @@ def _our_step(config: Config, shape: Shape) -> Callable[[], jax.Array]:
     return one_step
 
 
-def _peer_step(torch, transformers, shape, experts, adamw) -> Callable[[], float]:
+def _peer_step(shape: Shape, experts: str, adamw: str) -> Callable[[], float]:
+    torch, transformers = import_peer()
     torch.manual_seed(0)
     model, defaults = peer_model(transformers, shape, experts), our_config(shape, MESHES["1"]).optimizer
     optimizer = torch.optim.AdamW(
@@ -244,18 +241,20 @@ def _peer_step(torch, transformers, shape, experts, adamw) -> Callable[[], float
     return one_step
 
 
-def _trial(torch, transformers, shape, setting):
-    """Median seconds of a few steps, after one that is not counted."""
-    step = _peer_step(torch, transformers, shape, *setting)
-    return statistics.median(timing.interleaved({"peer": step}, repeats=3, warmup=1)["peer"])
+def _trial(shape, setting):
+    """Median seconds of a few steps."""
+    with Contender(_peer_step, shape, *setting) as step:
+        return statistics.median(timing.interleaved({"peer": step}, repeats=3, warmup=2)["peer"])
 
 
 def _our_matmul():
-    x = jax.device_put(np.ones((MATMUL, MATMUL), np.float32), jax.devices()[0])
+    start_with(1)
+    x = jax.device_put(np.ones((MATMUL, MATMUL), np.float32))
     product = jax.jit(lambda x: x @ x)
     return lambda: product(x)
 
 
-def _peer_matmul(torch):
+def _peer_matmul():
+    torch, _ = import_peer()
     x = torch.ones((MATMUL, MATMUL))
     return lambda: float((x @ x)[0, 0])

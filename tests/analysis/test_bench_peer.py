@@ -1,9 +1,5 @@
 """The comparison with transformers: that both sides train the same model, and what is refused. Nothing is timed."""
 
-import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import pytest
@@ -61,13 +57,7 @@ def test_the_peer_has_the_same_parameters():
 
 @pytest.mark.slow
 def test_rows_of_a_small_shape():
-    code = (  # in a process of its own, as it starts JAX anew
-        "import json; from moe_jax.analysis import bench_peer as b; b.MATMUL = 64;"
-        f"print(json.dumps(b.rows(1, [b.Shape(*{tuple(TINY)})], [('eager', 'fused')])))"
-    )
-    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-    output = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True).stdout
-    one, *emulated = json.loads(output.splitlines()[-1])
+    one, *emulated = bench_peer.rows(1, [TINY], [("eager", "fused")])
     assert [row["mesh"] for row in (one, *emulated)] == list(MESHES)
     assert [list(row) for row in emulated] == [list(one)] * 2
     assert one["ratio"] == pytest.approx(one["ours_tokens_per_second"] / one["peer_tokens_per_second"])
