@@ -18,8 +18,20 @@ def get_config(arg: str = "") -> ConfigDict:
     """The base config; `arg` is a comma-separated list of "debug" and name=value."""
     config = ConfigDict()
     config.workdir = ""  # run folder: checkpoints, metrics, config; "" = runs/<config name>
+    config.model = _model()
+    config.model.attention = _attention()
+    config.model.moe = _moe()
+    config.model.moe.router = _router()
+    config.mesh = _mesh()
+    config.data = _data()
+    config.optimizer = _optimizer()
+    config.train = _train()
+    return override(config, arg)
 
-    config.model = model = ConfigDict()
+
+def _model():
+    """The architecture but for its attention and its experts."""
+    model = ConfigDict()
     model.vocab_size = 0  # tokens; 0 = the tokenizer's, rounded up to a multiple of 128
     model.d_model = 128  # D, width of the residual stream
     model.num_layers = 4  # L, dense and MoE layers together
@@ -32,8 +44,12 @@ def get_config(arg: str = "") -> ConfigDict:
     model.remat = "full"  # none | dots (keep matmul results) | full (keep layer inputs): memory against recomputation
     model.scan_unroll = 0  # layers a turn of the loop over layers; 0 = all on a CPU, which copies the loop's weights, else 1
     model.logit_z_loss_weight = 0.0  # weight of mean(logsumexp(logits)^2), PaLM's 1e-4; 0 = off
+    return model
 
-    model.attention = attention = ConfigDict()
+
+def _attention():
+    """Attention, the same in every layer."""
+    attention = ConfigDict()
     attention.num_heads = 4  # H, query heads; a multiple of mesh.tensor
     attention.num_kv_heads = 2  # G, key/value heads; divides num_heads
     attention.head_dim = 32  # N, width of a head, even
@@ -43,8 +59,12 @@ def get_config(arg: str = "") -> ConfigDict:
     attention.qkv_bias = False  # biases on the q, k, v projections
     attention.out_bias = False  # bias on the output projection
     attention.implementation = "auto"  # auto | xla | cudnn; auto takes cuDNN on GPU in bfloat16
+    return attention
 
-    model.moe = moe = ConfigDict()
+
+def _moe():
+    """The MoE layers but for their router."""
+    moe = ConfigDict()
     moe.num_experts = 8  # E, routed experts per MoE layer; 0 = a dense model
     moe.d_ff = 128  # F of one expert
     moe.num_shared_experts = 1  # experts every token uses, each of width d_ff
@@ -66,21 +86,33 @@ def get_config(arg: str = "") -> ConfigDict:
     moe.combine_wire = "compute"  # dtype of answers and gradients on the wire: compute | bfloat16 | float32
     moe.remat_exchange = False  # True: under remat the backward repeats the exchange in place of keeping what arrived
     moe.grouped_matmul = "auto"  # backend of the dropless dispatch: auto (by platform) | cpu | gpu | tpu | reference
+    return moe
 
-    moe.router = router = ConfigDict()
+
+def _router():
+    """Who goes to which expert."""
+    router = ConfigDict()
     router.name = "deepseek"  # the family: switch | mixtral | deepseek
     router.top_k = 2  # K, experts per token; 1 for switch
     router.update(routing.default_options())  # options of each family, documented in moe_jax/routing/<family>.py
+    return router
 
-    config.mesh = mesh = ConfigDict()
+
+def _mesh():
+    """How the devices are arranged."""
+    mesh = ConfigDict()
     mesh.data = -1  # replicas; -1 on one axis = the devices the other axes leave
     mesh.expert_outer = 1  # experts spread over this many groups first, over slow links (hosts)
     mesh.fsdp = 1  # parameters sharded over this many, tokens too
     mesh.expert = 1  # experts spread over this many; a data axis for the rest of the model
     mesh.tensor = 1  # heads and hidden widths split over this many
     mesh.emulate = 0  # N: N emulated devices on the CPU; 0 = the real devices
+    return mesh
 
-    config.data = data = ConfigDict()
+
+def _data():
+    """The text and its tokens."""
+    data = ConfigDict()
     data.corpus = "builtin"  # builtin (Python's own sources and docs) | prose (extra: corpus) | files
     data.paths = ()  # for files: globs of text, .jsonl, .jsonl.gz or .bin
     data.tokenizer = "bytes"  # bytes | bpe (trained on the corpus) | gpt2 (extra: corpus)
@@ -91,8 +123,12 @@ def get_config(arg: str = "") -> ConfigDict:
     data.max_megabytes = 0.0  # per domain; 0 = all
     data.cache_dir = ""  # of tokenised corpora; "" = the user's cache folder
     data.prefetch = 2  # batches read ahead
+    return data
 
-    config.optimizer = optimizer = ConfigDict()
+
+def _optimizer():
+    """AdamW, its schedule and its clipping."""
+    optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # peak
     optimizer.schedule = "cosine"  # cosine | wsd (warm-up, stable, decay) | constant (after warm-up)
     optimizer.warmup_steps = 50  # linear from 0
@@ -103,8 +139,12 @@ def get_config(arg: str = "") -> ConfigDict:
     optimizer.eps = 1e-8  # Adam's epsilon
     optimizer.weight_decay = 0.1  # decoupled; not on embeddings, norms and biases
     optimizer.clip_norm = 1.0  # global gradient norm; 0 = no clipping
+    return optimizer
 
-    config.train = train = ConfigDict()
+
+def _train():
+    """The run's length, its records and its checkpoints."""
+    train = ConfigDict()
     train.steps = 1000  # optimizer steps
     train.accumulation = 1  # microbatches per step; the result is that of the whole batch
     train.seed = 0  # of parameters, data order and noise
@@ -117,8 +157,7 @@ def get_config(arg: str = "") -> ConfigDict:
     train.sample_tokens = 200  # of the text sample at the end; 0 = none
     train.sample_prompt = ""  # text that the sample continues
     train.tensorboard = True  # write TensorBoard files besides metrics.jsonl
-
-    return override(config, arg)
+    return train
 
 
 def override(config: ConfigDict, arg: str) -> ConfigDict:

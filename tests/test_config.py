@@ -41,7 +41,7 @@ def test_base_states_every_field_with_the_dataclasses_defaults():
 
 def test_every_field_of_base_has_a_trailing_comment():
     with open(base.__file__) as file:
-        assignments = [line for line in file if re.match(r"    (config|[a-z]+)\.[a-z0-9_]+ = (?!.*ConfigDict)", line)]
+        assignments = [line for line in file if re.match(r"    (config|[a-z]+)\.[a-z0-9_]+ = (?!.*ConfigDict|_\w+\(\)$)", line)]
     assert len(assignments) > 60
     assert [line for line in assignments if "  # " not in line] == []
 
