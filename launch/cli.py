@@ -16,7 +16,6 @@ from ml_collections import config_flags
 
 from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
 from moe_jax.data.documents import DataError
-from moe_jax.heap import keep_freed_memory
 from moe_jax.train.checkpoint import CheckpointError
 from moe_jax.train.loop import TrainingError
 
@@ -38,7 +37,6 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
         if len(argv) < expected:
             raise app.UsageError(f"{argument} is missing.")
         _set_up_logging()
-        keep_freed_memory()
         _overlap_on_tpus()
         try:
             main(*argv[1:])

@@ -7,8 +7,6 @@ from typing import Any, Self
 
 import jax
 
-from moe_jax.heap import keep_freed_memory
-
 
 class Contender:
     """Calling it runs the function once, over there, and waits; with `with`, its process ends at the end.
@@ -52,7 +50,6 @@ class Contender:
 
 
 def _serve(connection, make, arguments):
-    keep_freed_memory()
     try:
         function = make(*arguments)
         connection.send(None)

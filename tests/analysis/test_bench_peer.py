@@ -28,7 +28,7 @@ def test_the_meshes_fit_the_shapes_and_nothing_is_recomputed_clipped_or_dropped(
     check_devices(config, 1 if mesh == "1" else bench_peer.EMULATED)
     moe = config.model.moe
     assert (config.model.remat, config.optimizer.clip_norm, config.model.dtype) == ("none", 0, "float32")
-    assert (moe.dispatch, moe.exchange_overflow, moe.num_shared_experts) == ("dropless", "exact", 0)
+    assert (moe.dispatch, moe.exchange_factor, moe.num_shared_experts) == ("dropless", 0, 0)
     assert moe.balance_loss_weight > 0
 
 
