@@ -36,6 +36,7 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
             raise app.UsageError(f"unexpected argument {argv[expected]!r}; options are written --name=value.")
         if len(argv) < expected:
             raise app.UsageError(f"{argument} is missing.")
+        sys.stdout.reconfigure(line_buffering=True)  # into a file too, in order with stderr
         _set_up_logging()
         _overlap_on_tpus()
         try:
