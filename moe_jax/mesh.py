@@ -9,6 +9,7 @@ tensor        heads and hidden widths are split; tokens are the same on every de
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -89,11 +90,15 @@ OUR_AXES = Axes(BATCH_AXES, EXPERT_AXES, "fsdp", "tensor")
 def emulate_devices(count: int) -> None:
     """Makes JAX's CPU backend offer `count` devices; 0 changes nothing. Call before anything asks JAX for its devices.
 
+    It also asks for two threads a device (`NPROC`, where that is not set). XLA's CPU client has one a device by default, and a
+    device that may start two collectives at once can then hold the thread that the other one's last device waits for.
+
     Raises:
       ConfigError: JAX has already started with another number of devices.
     """
     if count == 0:
         return
+    os.environ.setdefault("NPROC", str(2 * count))
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)

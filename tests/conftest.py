@@ -6,6 +6,7 @@ import pathlib
 # compile time is most of the suite's time: XLA's cheapest level halves it, and no test measures speed
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["NPROC"] = "16"  # two threads a device, as in moe_jax.mesh.emulate_devices
 
 import jax  # the environment above must be set first
 

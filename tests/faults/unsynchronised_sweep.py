@@ -15,8 +15,8 @@ def get_config(arg=""):
 
 
 def sweep(add):
-    """Synchronised first; then 8 replicas of 4 sequences, and 32 of one."""
+    """Synchronised first; then 8 replicas of 2 sequences, and 16 of one."""
     router = "model.moe.router"
     add("synchronised", {f"{router}.name": "deepseek"})
-    for replicas in (8, 32):
+    for replicas in (8, 16):
         add(f"alone_{replicas}", {f"{router}.name": "unsynchronised", f"{router}.unsynchronised.replicas": replicas})

@@ -65,7 +65,7 @@ def test_who_shares_a_batch_shares_it_over_devices(router):
 
 @pytest.mark.parametrize("router", tiers(LEARN_NOTHING))
 def test_routers_without_parameters(router):
-    compare(router, REFERENCE | {"mesh": "data 2 expert 4"})
+    compare(router, dict(mesh="fsdp 2 expert 2 tensor 2", accumulation=4, remat="full"))
 
 
 @pytest.mark.slow
