@@ -47,4 +47,7 @@ def test_emulation_that_comes_too_late_is_refused():
 def test_emulation_in_a_fresh_process():
     code = "import os; from moe_jax.mesh import emulate_devices as e; e(6); import jax; print(jax.device_count(), os.environ['NPROC'])"
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(p for p in sys.path if p)}
-    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split() == ["6", "12"]  # two threads a device
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split() == [
+        "6",
+        "12",
+    ]  # two threads a device
