@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,6 +25,20 @@ def read_loads(workdir: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     if not records:
         raise ConfigError(f"{path} has no expert loads; give a run of a model with experts.")
     return np.array([record["step"] for record in records]), np.array([record["router/load"] for record in records])
+
+
+def short_names(workdirs: Sequence[str]) -> list[str]:
+    """The paths without the first parts and the last parts that all of them share; one path keeps its last part."""
+    parts = [pathlib.PurePath(workdir).parts for workdir in workdirs]
+    if len(set(parts)) == 1:
+        return [name[-1] for name in parts]
+    first, last = _shared(parts), _shared([name[::-1] for name in parts])
+    return ["/".join(name[first : len(name) - last] or name) for name in parts]
+
+
+def _shared(names):
+    """How many parts from the front all names have in common."""
+    return next((i for i, column in enumerate(zip(*names, strict=False)) if len(set(column)) > 1), min(map(len, names)))
 
 
 def save_load_plot(runs: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | os.PathLike) -> None:

@@ -6,7 +6,7 @@ import matplotlib.image as image
 import numpy as np
 import pytest
 
-from moe_jax.analysis.load_plot import read_loads, save_load_plot
+from moe_jax.analysis.load_plot import read_loads, save_load_plot, short_names
 from moe_jax.config import ConfigError
 
 
@@ -24,6 +24,20 @@ def test_loads_of_the_logged_steps(tmp_path):
     steps, load_NLE = read_loads(run(tmp_path / "a", [[[3, 1]], [[4, 0]]]))
     assert steps.tolist() == [10, 20]
     assert load_NLE.tolist() == [[[3, 1]], [[4, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        (["runs/collapse/none/seed_0", "runs/collapse/bias/seed_0"], ["none", "bias"]),
+        (["runs/a/seed_0", "runs/b/seed_1"], ["a/seed_0", "b/seed_1"]),
+        (["runs/a"], ["a"]),
+        (["runs/a", "runs/a/b"], ["runs/a", "b"]),
+        (["a", "b"], ["a", "b"]),
+    ],
+)
+def test_names_without_what_all_runs_share(runs, names):
+    assert short_names(runs) == names
 
 
 @pytest.mark.parametrize("text", [None, '{"step": 1, "train/loss": 2.0}\n'])
