@@ -119,7 +119,8 @@ def test_eight_devices_agree_with_one(case, step):
             expert_TM, weight_TM = (x.reshape(-1, x.shape[-1]) for x in (routing.dispatch_BSP, routing.combine_BSP))
         else:
             expert_TM, weight_TM = choices_of(routing)
-        value = jnp.sum(weight_TM * jnp.cos(tokens.token_id_T)[:, None])
+        rank_M = 1 + jnp.arange(weight_TM.shape[1])  # else weights that sum to 1 would have no gradient
+        value = jnp.sum(weight_TM * jnp.cos(tokens.token_id_T)[:, None] * rank_M)
         return (jax.lax.psum(value, axes) if axes else value) + router.loss(sums, state), (expert_TM, weight_TM, sums)
 
     def gradient(axes):
