@@ -1,5 +1,6 @@
 """Noisy top-k gating: learned noise on the logits, and losses on importance and load (Shazeer et al., 1701.06538)."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -84,7 +85,19 @@ def _chance_of_top(clean_TE, noisy_TE, std_TE, choices):
     top_TK = jax.lax.top_k(noisy_TE, choices + 1)[0]
     last_in_T1, first_out_T1 = top_TK[:, -2:-1], top_TK[:, -1:]
     bar_TE = jnp.where(noisy_TE > first_out_T1, first_out_T1, last_in_T1)
-    return jax.scipy.special.ndtr((clean_TE - bar_TE) / jnp.maximum(std_TE, _MIN_STD))
+    return _normal_cdf((clean_TE - bar_TE) / jnp.maximum(std_TE, _MIN_STD))
+
+
+@jax.custom_jvp
+def _normal_cdf(z_TE):
+    """Of the standard normal distribution; jax 0.12.0 cannot differentiate its own inside `shard_map`."""
+    return jax.scipy.special.ndtr(z_TE)
+
+
+@_normal_cdf.defjvp
+def _normal_density(primals, tangents):
+    (z_TE,), (tangent_TE,) = primals, tangents
+    return _normal_cdf(z_TE), tangent_TE * jnp.exp(-jnp.square(z_TE) / 2) / math.sqrt(2 * math.pi)
 
 
 def _cv_squared(sum_E):
