@@ -29,15 +29,16 @@ setup(
         "numpy",
         "optax",
         "orbax-checkpoint",
+        "safetensors>=0.8",
         "scipy",
         "tensorboardX",
+        "tensorstore",
         "tokenizers",
         "tqdm",
     ],
     extras_require={
         "dev": ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff"],
         "hf": [
-            "safetensors",
             "torch",
             "transformers>=5.23",
         ],  # a plain torch brings CUDA libraries on Linux: launch/test.sh avoids them

@@ -18,8 +18,10 @@ def get_config(arg: str = "") -> ConfigDict:
     """The base config; `arg` is a comma-separated list of "debug" and name=value."""
     config = ConfigDict()
     config.workdir = ""  # run folder: checkpoints, metrics, config; "" = runs/<config name>
+    config.init_from = ""  # hf:FOLDER: start from these Hugging Face weights; fields at their default are the model's there
     config.model = _model()
     config.model.attention = _attention()
+    config.model.attention.rope = _rope()
     config.model.moe = _moe()
     config.model.moe.router = _router()
     config.mesh = _mesh()
@@ -36,8 +38,18 @@ def _model():
     model.d_model = 128  # D, width of the residual stream
     model.num_layers = 4  # L, dense and MoE layers together
     model.d_ff = 384  # F of dense layers
-    model.activation = "swiglu"  # swiglu | geglu (three matrices) | gelu (two); experts too
-    model.norm_eps = 1e-6  # RMSNorm's epsilon
+    model.activation = "swiglu"  # swiglu | geglu | swiglu_clamped (gpt-oss) (three matrices) | gelu | relu (two); experts too
+    model.activation_limit = 7.0  # for swiglu_clamped: largest gate, and largest size of what it multiplies
+    model.norm = "rms"  # rms (RMSNorm) | layer (LayerNorm with bias) | layer_no_bias
+    model.norm_eps = 1e-6  # of every norm
+    model.post_norms = False  # True: also a norm on what attention and FFN add to the residual stream
+    model.head_bias = False  # a bias on the logits
+    model.embedding_scale = 1.0  # multiplies the embeddings
+    model.residual_scale = 1.0  # multiplies what attention and FFN add to the residual stream
+    model.logit_scale = 1.0  # multiplies the logits
+    model.logit_softcap = 0.0  # c: logits become c tanh(logits / c); 0 = off
+    model.mtp_layers = 0  # 1: a layer more that predicts the token after the next in training, as in DeepSeek-V3; 0 = off
+    model.mtp_loss_weight = 0.1  # of that prediction's loss
     model.tied_embeddings = False  # True: the head is the embedding table
     model.init_std = 0.02  # of every weight; projections into the residual stream get init_std / sqrt(2 L)
     model.dtype = "float32"  # compute dtype, float32 | bfloat16; parameters, router and losses stay float32
@@ -52,14 +64,41 @@ def _attention():
     attention = ConfigDict()
     attention.num_heads = 4  # H, query heads; a multiple of mesh.tensor
     attention.num_kv_heads = 2  # G, key/value heads; divides num_heads
-    attention.head_dim = 32  # N, width of a head, even
-    attention.rope_theta = 10000.0  # base of the rotary frequencies
-    attention.qk_norm = False  # True: RMSNorm on queries and keys, per head
+    attention.head_dim = 32  # N, width of a head, even; with kv_rank, of its part without positions
+    attention.kv_rank = 0  # width of the latent that keys and values are made of (multi-head latent attention); 0 = no latent
+    attention.q_rank = 0  # with kv_rank: width of the queries' latent; 0 = queries straight from the stream
+    attention.rope_head_dim = 0  # with kv_rank: widths added to a head for positions, keys' shared by all heads; even
+    attention.v_head_dim = 0  # with kv_rank: width of a head's values; 0 = head_dim
+    attention.latent_norm_eps = 0.0  # with kv_rank: epsilon of the latents' norms; 0 = model.norm_eps
+    attention.scale = 0.0  # multiplies queries times keys; 0 = 1 / sqrt(width of a query)
+    attention.qk_norm = "none"  # none | head (RMSNorm on queries and keys, per head) | full (over all heads together)
+    attention.qkv_clip = 0.0  # queries, keys, values are cut to this size (DBRX); 0 = off
+    attention.softcap = 0.0  # c: scores become c tanh(scores / c) before the softmax; 0 = off
+    attention.sinks = False  # True: a learned logit a head that takes part in the softmax and adds nothing (gpt-oss)
     attention.window = 0  # tokens a token sees, itself included; 0 = all
+    attention.full_every = 0  # n: the last of every n layers sees all in spite of window; 0 = none does
     attention.qkv_bias = False  # biases on the q, k, v projections
     attention.out_bias = False  # bias on the output projection
     attention.implementation = "auto"  # auto | xla | cudnn; auto takes cuDNN on GPU in bfloat16
     return attention
+
+
+def _rope():
+    """The rotary embedding of queries and keys."""
+    rope = ConfigDict()
+    rope.theta = 10000.0  # base of the wavelengths
+    rope.dim = 0  # first widths of a head that rotate (partial rotary), even; 0 = all
+    rope.interleaved = False  # True: neighbours rotate together (2i, 2i + 1), not (i, i + half)
+    rope.scaling = "none"  # none | linear | wavelength (Llama 3.1) | yarn: how it is stretched for longer contexts
+    rope.factor = 1.0  # of the stretch; contexts are this much longer
+    rope.original_length = 0  # tokens of the context before the stretch; wavelength and yarn
+    rope.low_frequency_factor = 1.0  # wavelength: waves longer than original_length / this are stretched in full
+    rope.high_frequency_factor = 4.0  # wavelength: waves shorter than original_length / this are left alone
+    rope.beta_fast = 32.0  # yarn: pairs that turn this often in original_length are left alone
+    rope.beta_slow = 1.0  # yarn: pairs that turn less often than this are stretched in full
+    rope.truncate = True  # yarn: the borders of the two are rounded to whole pairs
+    rope.amplitude = 0.0  # yarn: multiplies sine and cosine; 0 = 0.1 ln(factor) + 1
+    return rope
 
 
 def _moe():
@@ -67,7 +106,10 @@ def _moe():
     moe = ConfigDict()
     moe.num_experts = 8  # E, routed experts per MoE layer; 0 = a dense model
     moe.d_ff = 128  # F of one expert
-    moe.num_shared_experts = 1  # experts every token uses, each of width d_ff
+    moe.num_shared_experts = 1  # experts every token uses
+    moe.shared_d_ff = 0  # F of one shared expert; 0 = d_ff
+    moe.shared_gate = False  # True: the shared experts' answer times a learned sigmoid of the token (Qwen2-MoE)
+    moe.expert_bias = False  # biases in the experts' projections (gpt-oss)
     moe.first_dense = 0  # that many first layers are dense
     moe.every = 1  # after those, the last of every this many layers is MoE
     moe.balance_loss_weight = 0.0  # weight of the load-balance loss, which is 1 at perfect balance; summed over layers
@@ -117,7 +159,7 @@ def _data():
     data = ConfigDict()
     data.corpus = "builtin"  # builtin (Python's own sources and docs) | prose (extra: corpus) | files
     data.paths = ()  # for files: globs of text, .jsonl, .jsonl.gz or .bin
-    data.tokenizer = "bytes"  # bytes | bpe (trained on the corpus) | gpt2 (extra: corpus)
+    data.tokenizer = "bytes"  # bytes | bpe (trained on the corpus) | gpt2 (extra: corpus) | hf:FOLDER (that of a checkpoint)
     data.bpe_vocab_size = 4096  # tokens of a bpe tokenizer
     data.seq_len = 256  # S, tokens in a row
     data.batch_size = 16  # B, rows per optimizer step over all devices and microbatches

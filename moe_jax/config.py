@@ -24,6 +24,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RopeConfig",
     "RouterConfig",
     "TrainConfig",
     "from_dict",
@@ -49,6 +50,9 @@ class MoEConfig:
     num_experts: int = 8
     d_ff: int = 128
     num_shared_experts: int = 1
+    shared_d_ff: int = 0
+    shared_gate: bool = False
+    expert_bias: bool = False
     first_dense: int = 0
     every: int = 1
     router: RouterConfig = RouterConfig()
@@ -71,18 +75,50 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """The rotary embedding and how it is stretched to longer contexts."""
+
+    theta: float = 10000.0
+    dim: int = 0
+    interleaved: bool = False
+    scaling: str = "none"
+    factor: float = 1.0
+    original_length: int = 0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    amplitude: float = 0.0
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
-    """Grouped-query attention."""
+    """Grouped-query attention, or with `kv_rank` multi-head latent attention."""
 
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
-    rope_theta: float = 10000.0
-    qk_norm: bool = False
+    kv_rank: int = 0
+    q_rank: int = 0
+    rope_head_dim: int = 0
+    v_head_dim: int = 0
+    latent_norm_eps: float = 0.0
+    rope: RopeConfig = RopeConfig()
+    scale: float = 0.0
+    qk_norm: str = "none"
+    qkv_clip: float = 0.0
+    softcap: float = 0.0
+    sinks: bool = False
     window: int = 0
+    full_every: int = 0
     qkv_bias: bool = False
     out_bias: bool = False
     implementation: str = "auto"
+
+    def layer_window(self, layer: int) -> int:
+        """The window of layer `layer` (from 0); 0 where it sees everything: the last of every `full_every` layers does."""
+        return 0 if self.full_every and layer % self.full_every == self.full_every - 1 else self.window
 
 
 @dataclass(frozen=True)
@@ -94,7 +130,17 @@ class ModelConfig:
     num_layers: int = 4
     d_ff: int = 384
     activation: str = "swiglu"
+    activation_limit: float = 7.0
+    norm: str = "rms"
     norm_eps: float = 1e-6
+    post_norms: bool = False
+    head_bias: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    mtp_layers: int = 0
+    mtp_loss_weight: float = 0.1
     tied_embeddings: bool = False
     init_std: float = 0.02
     dtype: str = "float32"
@@ -190,6 +236,7 @@ class Config:
     """A whole run."""
 
     workdir: str = ""
+    init_from: str = ""
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()

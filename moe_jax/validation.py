@@ -6,16 +6,23 @@ Nothing here imports the rest of the package: the rules read a `Config` by attri
 import difflib
 
 
-class ConfigError(ValueError):
+class RefusalError(ValueError):
+    """What was asked for cannot be had; the message is one sentence, and a program says it in place of a traceback."""
+
+
+class ConfigError(RefusalError):
     """A configuration that cannot be run; the message names the field, its value and the fix."""
 
 
 MESH_AXES = ("data", "expert_outer", "fsdp", "expert", "tensor")
 
 CHOICES = {
-    "model.activation": ("swiglu", "geglu", "gelu"),
+    "model.activation": ("swiglu", "geglu", "swiglu_clamped", "gelu", "relu"),
+    "model.norm": ("rms", "layer", "layer_no_bias"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention.qk_norm": ("none", "head", "full"),
+    "model.attention.rope.scaling": ("none", "linear", "wavelength", "yarn"),
     "model.attention.implementation": ("auto", "xla", "cudnn"),
     "model.moe.balance_loss_scope": ("global", "microbatch", "sequence"),
     "model.moe.balance_loss_accumulation": ("exact", "running"),
@@ -38,8 +45,9 @@ def _fields(group, names):
 
 
 POSITIVE = (
-    *_fields("model", "d_model num_layers d_ff norm_eps init_std"),
-    *_fields("model.attention", "num_heads num_kv_heads head_dim rope_theta"),
+    *_fields("model", "d_model num_layers d_ff norm_eps init_std activation_limit embedding_scale residual_scale logit_scale"),
+    *_fields("model.attention", "num_heads num_kv_heads head_dim"),
+    *_fields("model.attention.rope", "theta factor low_frequency_factor high_frequency_factor beta_fast beta_slow"),
     *_fields("model.moe", "every capacity_factor exchange_chunks"),
     *_fields("data", "seq_len batch_size bpe_vocab_size"),
     *_fields("optimizer", "learning_rate eps"),
@@ -47,9 +55,14 @@ POSITIVE = (
 )
 
 NOT_NEGATIVE = (
-    *_fields("model", "vocab_size scan_unroll logit_z_loss_weight"),
-    *_fields("model.attention", "window"),
-    *_fields("model.moe", "num_experts num_shared_experts first_dense balance_loss_weight z_loss_weight exchange_factor"),
+    *_fields("model", "vocab_size scan_unroll logit_z_loss_weight logit_softcap mtp_layers mtp_loss_weight"),
+    *_fields(
+        "model.attention", "window full_every kv_rank q_rank rope_head_dim v_head_dim latent_norm_eps scale qkv_clip softcap"
+    ),
+    *_fields("model.attention.rope", "dim original_length amplitude"),
+    *_fields(
+        "model.moe", "num_experts num_shared_experts shared_d_ff first_dense balance_loss_weight z_loss_weight exchange_factor"
+    ),
     *_fields("mesh", "emulate"),
     *_fields("data", "max_megabytes prefetch"),
     *_fields("optimizer", "warmup_steps weight_decay clip_norm"),
@@ -63,7 +76,7 @@ def check(config) -> None:
     """Checks everything that does not depend on the number of devices. Raises ConfigError."""
     for path, choices in CHOICES.items():
         value = _get(config, path)
-        if value not in choices:
+        if value not in choices and not (path == "data.tokenizer" and _folder(value)):
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices)}."
             raise ConfigError(f"{path} = {value!r} is unknown; {hint}")
@@ -76,6 +89,10 @@ def check(config) -> None:
     for path in FRACTIONS:
         if not 0 <= _get(config, path) < 1:
             raise ConfigError(f"{path} = {_get(config, path)} must be at least 0 and less than 1.")
+    if config.init_from and not _folder(config.init_from):
+        raise ConfigError(
+            f"init_from = {config.init_from!r} is not hf:FOLDER; give the folder of a Hugging Face checkpoint, or ''."
+        )
     _check_model(config.model)
     _check_moe(config.model)
     _check_mesh(config.mesh)
@@ -89,8 +106,74 @@ def _check_model(model):
             f"model.attention.num_heads = {attention.num_heads} is not a multiple of model.attention.num_kv_heads ="
             f" {attention.num_kv_heads}; every key/value head serves the same number of query heads."
         )
-    if attention.head_dim % 2:
-        raise ConfigError(f"model.attention.head_dim = {attention.head_dim} is odd; rotary embeddings need an even width.")
+    latent = {name: getattr(attention, name) for name in ("q_rank", "rope_head_dim", "v_head_dim", "latent_norm_eps")}
+    if attention.kv_rank:
+        _check_latent(attention)
+    elif wrong := next((name for name, value in latent.items() if value), None):
+        raise ConfigError(
+            f"model.attention.{wrong} = {latent[wrong]} belongs to multi-head latent attention; set model.attention.kv_rank too, or"
+            f" model.attention.{wrong}=0."
+        )
+    _check_rope(attention)
+    if attention.full_every and not attention.window:
+        raise ConfigError(
+            f"model.attention.full_every = {attention.full_every} makes exceptions to model.attention.window, which is 0; set a window"
+            " too, or full_every=0."
+        )
+    if model.mtp_layers > 1:
+        raise ConfigError(f"model.mtp_layers = {model.mtp_layers} must be 0 or 1; more than one token ahead is not predicted.")
+
+
+def _check_latent(attention):
+    if attention.rope_head_dim < 2:
+        raise ConfigError(
+            f"model.attention.rope_head_dim = {attention.rope_head_dim} must be at least 2 with model.attention.kv_rank ="
+            f" {attention.kv_rank}: latent attention has its positions there."
+        )
+    plain = {"qk_norm": "none", "sinks": False, "qkv_clip": 0.0, "qkv_bias": False, "out_bias": False}
+    for name, value in plain.items():
+        if (given := getattr(attention, name)) != value:
+            raise ConfigError(
+                f"model.attention.{name} = {given!r} is not there for latent attention (model.attention.kv_rank ="
+                f" {attention.kv_rank}); set it to {value!r}."
+            )
+    if attention.num_kv_heads != attention.num_heads:
+        raise ConfigError(
+            f"model.attention.num_kv_heads = {attention.num_kv_heads} must be model.attention.num_heads = {attention.num_heads} with"
+            " latent attention: every head makes its own keys and values of the latent."
+        )
+
+
+def _check_rope(attention):
+    rope = attention.rope
+    width, field = attention.rope_head_dim or attention.head_dim, "rope_head_dim" if attention.kv_rank else "head_dim"
+    if rope.dim > width:
+        raise ConfigError(
+            f"model.attention.rope.dim = {rope.dim} is more than model.attention.{field} = {width}; 0 rotates the whole head."
+        )
+    if (rope.dim or width) % 2:
+        name, value = ("rope.dim", rope.dim) if rope.dim else (field, width)
+        raise ConfigError(f"model.attention.{name} = {value} is odd; rotary embeddings need an even width.")
+    if rope.scaling == "wavelength" and rope.high_frequency_factor <= rope.low_frequency_factor:
+        raise ConfigError(
+            f"model.attention.rope.high_frequency_factor = {rope.high_frequency_factor} must be more than"
+            f" model.attention.rope.low_frequency_factor = {rope.low_frequency_factor}: waves between the two are stretched in part."
+        )
+    if rope.scaling == "yarn" and (rope.beta_fast < rope.beta_slow or rope.theta == 1):
+        raise ConfigError(
+            f"model.attention.rope.beta_fast = {rope.beta_fast} must be at least beta_slow = {rope.beta_slow}, and theta ="
+            f" {rope.theta} not 1, for yarn to tell fast pairs from slow ones."
+        )
+    if rope.amplitude and rope.scaling != "yarn":
+        raise ConfigError(
+            f"model.attention.rope.amplitude = {rope.amplitude} is yarn's while model.attention.rope.scaling = {rope.scaling!r};"
+            " set it to 0."
+        )
+    if rope.scaling in ("wavelength", "yarn") and not rope.original_length:
+        raise ConfigError(
+            f"model.attention.rope.original_length = 0 while model.attention.rope.scaling = {rope.scaling!r}; give the tokens of the"
+            " context before the stretch."
+        )
 
 
 def _check_moe(model):
@@ -99,6 +182,12 @@ def _check_moe(model):
         return
     if moe.d_ff <= 0:
         raise ConfigError(f"model.moe.d_ff = {moe.d_ff} must be greater than 0; it is the hidden width of one expert.")
+    for name in ("shared_d_ff", "shared_gate"):
+        if (value := getattr(moe, name)) and not moe.num_shared_experts:
+            raise ConfigError(
+                f"model.moe.{name} = {value} while model.moe.num_shared_experts = 0: there is no shared expert; set it to"
+                f" {type(value)()}."
+            )
     top_k = moe.router.top_k
     if top_k < 1:
         raise ConfigError(
@@ -192,12 +281,15 @@ def check_devices(config, num_devices: int) -> tuple[int, int, int, int, int]:
         ("model.d_ff", model.d_ff, "tensor", tensor),
         ("model.d_model", model.d_model, "fsdp", fsdp),
         ("model.vocab_size", model.vocab_size, "tensor", tensor),
+        ("model.attention.kv_rank", model.attention.kv_rank, "fsdp", fsdp),
+        ("model.attention.q_rank", model.attention.q_rank, "fsdp", fsdp),
     ]
     if moe.num_experts:
         expert_axes = "expert" if expert_outer == 1 else "expert_outer x mesh.expert"
         divisions += [
             ("model.moe.num_experts", moe.num_experts, expert_axes, expert_outer * expert),
             ("model.moe.d_ff", moe.d_ff, "tensor", tensor),
+            ("model.moe.num_shared_experts x shared_d_ff", moe.num_shared_experts * moe.shared_d_ff, "tensor", tensor),
         ]
     for path, value, axis, size in divisions:
         if value % size:
@@ -230,6 +322,11 @@ def _fill(mesh, num_devices):
 def _mesh_text(mesh):
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != "expert_outer" or size != 1)
+
+
+def _folder(value):
+    """FOLDER of "hf:FOLDER"; "" for another value."""
+    return value.removeprefix("hf:") if value.startswith("hf:") else ""
 
 
 def _get(config, path):

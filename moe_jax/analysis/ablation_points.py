@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import difflib
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from moe_jax.config import Config, ConfigError, from_dict, to_dict
 from moe_jax.train import run
+from moe_jax.train.run_info import read_config_tree
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 _PLACES = ("workdir", "data.cache_dir", "train.resume")  # where a run is, not what it is
@@ -131,10 +131,9 @@ def refuse_other_run(config: Config) -> None:
     Raises:
       ConfigError: names the first field that differs.
     """
-    path = pathlib.Path(config.workdir) / "config.json"
-    if not path.is_file():
+    if not (pathlib.Path(config.workdir) / "config.json").is_file():
         return
-    then, now = flatten(json.loads(path.read_text(encoding="utf-8"))), flatten(to_dict(config))
+    then, now = flatten(read_config_tree(config.workdir)), flatten(to_dict(config))
     ignored = (*_PLACES, *(() if config.model.vocab_size else ("model.vocab_size",)))  # 0 was filled in
     for name, value in now.items():
         if name in then and name not in ignored and then[name] != value:

@@ -9,6 +9,7 @@ import numpy as np
 from moe_jax.config import Config, from_dict
 from moe_jax.routing.metrics import noise_floor
 from moe_jax.sizes import flops_per_token, num_params
+from moe_jax.train.run_info import read_config_tree
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def read_run(workdir: str | pathlib.Path) -> RunFigures | None:
     workdir = pathlib.Path(workdir)
     if not (workdir / "config.json").is_file():
         return None
-    config = from_dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+    config = from_dict(read_config_tree(workdir))
     records = _records(workdir / "metrics.jsonl")
     last = records[-1] if records else {}
     if last.get("step") != config.train.steps or last.get("eval/loss") is None:

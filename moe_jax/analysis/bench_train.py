@@ -11,7 +11,7 @@ from moe_jax.config import Config
 from moe_jax.data.corpus import load_corpus
 from moe_jax.data.pipeline import train_iterator
 from moe_jax.mesh import emulate_devices, make_mesh, shard_batch
-from moe_jax.sizes import flops_per_token, num_params
+from moe_jax.sizes import flops_per_token, num_params, with_vocabulary
 from moe_jax.train import run
 from moe_jax.train.state import create
 from moe_jax.train.step import make_train_step
@@ -35,7 +35,7 @@ def rows(config: Config, repeats: int) -> list[dict]:
     emulate_devices(config.mesh.emulate)
     mesh = make_mesh(config)
     corpus = load_corpus(config.data)
-    config = run.with_vocabulary(config, corpus.tokenizer.vocab_size)
+    config = with_vocabulary(config, corpus.tokenizer.vocab_size)
     batch = next(train_iterator(corpus.train, config.data, config.train.seed))
     contenders = {"moe": config, "dense": dense_twin(config)}
     with jax.set_mesh(mesh):

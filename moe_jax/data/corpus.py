@@ -138,7 +138,7 @@ def _tokenizer(config: DataConfig, folder: Path, workdir: str, fingerprint: str,
     saved = Path(workdir) / "tokenizer" if workdir else None
     if saved and saved.is_dir():
         tokenizer = tokenizers.load(saved)
-        if tokenizer.kind != config.tokenizer:
+        if tokenizer.kind != config.tokenizer.partition(":")[0]:
             raise DataError(
                 f"data.tokenizer = {config.tokenizer!r}, and the run in workdir {workdir} has a {tokenizer.kind!r} tokenizer;"
                 " use that one, or another workdir."
@@ -148,6 +148,8 @@ def _tokenizer(config: DataConfig, folder: Path, workdir: str, fingerprint: str,
         tokenizer = tokenizers.Bytes()
     elif config.tokenizer == "gpt2":
         tokenizer = tokenizers.load_gpt2()
+    elif config.tokenizer.startswith("hf:"):
+        tokenizer = tokenizers.load_pretrained(config.tokenizer.removeprefix("hf:"))
     else:
         target = folder / f"bpe-{_digest(fingerprint, config.bpe_vocab_size)}"
         if not target.is_dir():

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_jax.validation import RefusalError
 
-class DataError(ValueError):
+
+class DataError(RefusalError):
     """Data that cannot be used; the message names the file or the field, what is wrong and the fix."""
 
 

@@ -1,10 +1,13 @@
 """Grouped-query attention (2305.13245) with rotary positions; heads are split over the tensor axis."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import AttentionConfig, ModelConfig
 from moe_jax.layers.basic import RMSNorm, constant_param, gathered, normal_param, project, tensor_spec
 from moe_jax.mesh import batch_spec
 from moe_jax.ops.attention import attention
@@ -12,7 +15,11 @@ from moe_jax.ops.rope import apply_rope
 
 
 class Attention(nnx.Module):
-    """Causal self-attention within segments; optional QK-norm per head (2302.05442), sliding window and biases."""
+    """Causal self-attention within segments; what else there is to it, `configs/base.py` says field by field.
+
+    QK-norm is RMSNorm over each head (2302.05442) or over all heads together (OLMo 2, 2501.00656). Queries and keys are projected,
+    normed, cut to size (`qkv_clip`; OLMoE's order), and then rotated. The sinks start at 0.
+    """
 
     def __init__(self, config: ModelConfig, out_std: float, dtype, *, rngs: nnx.Rngs):
         a, D, std = config.attention, config.d_model, config.init_std
@@ -28,17 +35,34 @@ class Attention(nnx.Module):
             self.bv_GN = constant_param(0.0, (G, N), ("tensor", None))
         if a.out_bias:
             self.bo_D = constant_param(0.0, (D,), (None,))
-        if a.qk_norm:
+        if a.qk_norm == "head":
             self.q_norm = RMSNorm(N, config.norm_eps, "N")
             self.k_norm = RMSNorm(N, config.norm_eps, "N")
+        elif a.qk_norm == "full":
+            self.q_norm = AllHeadsRMSNorm(H, N, config.norm_eps, "HN")
+            self.k_norm = AllHeadsRMSNorm(G, N, config.norm_eps, "GN")
+        if a.sinks:
+            self.sink_H = constant_param(0.0, (H,), ("tensor",))
 
-    def __call__(self, x_BSD: jax.Array, segment_ids_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BSD: jax.Array, segment_ids_BS: jax.Array, positions_BS: jax.Array, sees_all: jax.Array | None = None
+    ) -> jax.Array:
+        """What attention adds to the residual stream.
+
+        Args:
+          x_BSD: the normed stream.
+          segment_ids_BS: int32; tokens see earlier tokens of their own segment only; 0 is padding.
+          positions_BS: int32, from 0 in each document.
+          sees_all: bool scalar, whether this is a layer whose window is not applied (`attention.full_every`); None means it is not.
+        """
         q_BSHN = self._project(x_BSD, self.wq_DHN, "bq_HN")
         k_BSGN = self._project(x_BSD, self.wk_DGN, "bk_GN")
         v_BSGN = self._project(x_BSD, self.wv_DGN, "bv_GN")
-        if self.config.qk_norm:
+        if self.config.qk_norm != "none":
             q_BSHN, k_BSGN = self.q_norm(q_BSHN), self.k_norm(k_BSGN)
-        y_BSHN = _attend(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, self.config)
+        if size := self.config.qkv_clip:
+            q_BSHN, k_BSGN, v_BSGN = (jnp.clip(array, -size, size) for array in (q_BSHN, k_BSGN, v_BSGN))
+        y_BSHN = self._attend(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, sees_all)
         w_HND = gathered(self.wo_HND, P("tensor", None, None), self.dtype)
         y_BSD = project("BSHN,HND->BSD", y_BSHN, w_HND, tensor_spec(None))
         return y_BSD + self.bo_D[...].astype(self.dtype) if self.config.out_bias else y_BSD
@@ -47,15 +71,55 @@ class Attention(nnx.Module):
         y = project("BSD,DHN->BSHN", x_BSD, gathered(w, P(None, "tensor", None), self.dtype))
         return y + getattr(self, bias_name)[...].astype(self.dtype) if self.config.qkv_bias else y
 
+    def _attend(self, q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, sees_all):
+        """Every device attends with its own heads over its own sequences: manual, so that fused kernels see plain arrays."""
 
-def _attend(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, config):
-    """Every device attends with its own heads over its own sequences: manual, so that fused kernels see plain arrays."""
+        def body(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, sink_H, sees_all):
+            q_BSHN = apply_rope(q_BSHN, positions_BS, self.config.rope)
+            k_BSGN = apply_rope(k_BSGN, positions_BS, self.config.rope)
+            return attend(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, sink_H, sees_all, self.config)
 
-    def body(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS):
-        q_BSHN = apply_rope(q_BSHN, positions_BS, config.rope_theta)
-        k_BSGN = apply_rope(k_BSGN, positions_BS, config.rope_theta)
-        return attention(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, window=config.window, implementation=config.implementation)
+        heads, rows = tensor_spec("tensor", None), batch_spec(2)
+        island = jax.shard_map(body, in_specs=(heads, heads, heads, rows, rows, P("tensor"), P()), out_specs=heads)
+        sink_H = self.sink_H[...] if self.config.sinks else None
+        return island(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, sink_H, sees_all)
 
-    heads = tensor_spec("tensor", None)
-    island = jax.shard_map(body, in_specs=(heads, heads, heads, batch_spec(2), batch_spec(2)), out_specs=heads)
-    return island(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS)
+
+class AllHeadsRMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last two axes together, in float32: the heads of all devices are one vector."""
+
+    def __init__(self, heads: int, width: int, eps: float, axes: str):
+        self.eps = eps
+        self.name = f"scale_{axes}"
+        setattr(self, self.name, constant_param(1.0, (heads, width), ("tensor", None)))
+
+    def __call__(self, x_BSHN: jax.Array) -> jax.Array:
+        x32_BSHN = x_BSHN.astype(jnp.float32)
+        rms_BS11 = jnp.sqrt(jnp.mean(jnp.square(x32_BSHN), axis=(-2, -1), keepdims=True) + self.eps)
+        return (x32_BSHN / rms_BS11 * getattr(self, self.name)[...]).astype(x_BSHN.dtype)
+
+
+def attend(
+    q_BSHN: jax.Array,
+    k_BSGN: jax.Array,
+    v_BSGM: jax.Array,
+    segment_ids_BS: jax.Array,
+    sink_H: jax.Array | None,
+    sees_all: jax.Array | None,
+    config: AttentionConfig,
+) -> jax.Array:
+    """`moe_jax.ops.attention` of one device's arrays as `config` wants it, the window lifted where `sees_all` is True.
+
+    Layers run in one scan, so which of the two a layer is is known only then, while a window's blocks are cut out before: one of
+    two branches runs. What they keep for the gradient is of the same shapes, which JAX lays one over the other.
+    """
+
+    def branch(window):
+        return partial(
+            attention, window=window, scale=config.scale, softcap=config.softcap, implementation=config.implementation
+        )
+
+    operands = q_BSHN, k_BSGN, v_BSGM, segment_ids_BS, sink_H
+    if sees_all is None or not config.window:
+        return branch(config.window)(*operands)
+    return jax.lax.cond(sees_all, branch(0), branch(config.window), *operands)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.config import ModelConfig
 from moe_jax.mesh import BATCH_AXES, batch_spec, explicit, lay_out, present
 
 
@@ -44,6 +45,11 @@ def gathered(param: nnx.Param, spec: P, dtype) -> jax.Array:
     return lay_out(param[...].astype(dtype), spec)
 
 
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a constant, which is not rounded to x's dtype first: 0.22 in bfloat16 would be 0.1% off, everywhere alike."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 (1910.07467)."""
 
@@ -56,6 +62,30 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         rms = jnp.sqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return (x32 / rms * getattr(self, self.name)[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * scale + bias over the last axis, in float32 (1607.06450); with or without the bias."""
+
+    def __init__(self, width: int, eps: float, bias: bool):
+        self.eps, self.has_bias = eps, bias
+        self.scale_D = constant_param(1.0, (width,), (None,))
+        if bias:
+            self.bias_D = constant_param(0.0, (width,), (None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        std = jnp.sqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        y32 = x32 / std * self.scale_D[...]
+        return (y32 + self.bias_D[...] if self.has_bias else y32).astype(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """A norm over the residual stream, as `model.norm` names it."""
+    if config.norm == "rms":
+        return RMSNorm(config.d_model, config.norm_eps)
+    return LayerNorm(config.d_model, config.norm_eps, bias=config.norm == "layer")
 
 
 class Embedding(nnx.Module):
@@ -75,13 +105,21 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Untied output projection to the vocabulary, which is split over the tensor axis."""
+    """Output projection to the vocabulary, which is split over the tensor axis. Tied to the embedding it has no matrix of its own."""
 
-    def __init__(self, vocab_size: int, d_model: int, std: float, dtype, *, rngs: nnx.Rngs):
-        self.dtype = dtype
-        self.w_DV = normal_param(rngs, (d_model, vocab_size), ("fsdp", "tensor"), std)
+    def __init__(self, vocab_size: int, d_model: int, std: float, dtype, *, tied: bool, bias: bool, rngs: nnx.Rngs):
+        self.dtype, self.tied, self.has_bias = dtype, tied, bias
+        if not tied:
+            self.w_DV = normal_param(rngs, (d_model, vocab_size), ("fsdp", "tensor"), std)
+        if bias:
+            self.b_V = constant_param(0.0, (vocab_size,), ("tensor",))
 
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, embed: Embedding) -> jax.Array:
+        """Logits [B, S, V]; `embed` is the model's, for a tied head."""
+        logits_BSV = embed.attend(x_BSD) if self.tied else self._project(x_BSD)
+        return logits_BSV + self.b_V[...].astype(self.dtype) if self.has_bias else logits_BSV
+
+    def _project(self, x_BSD):
         return project("BSD,DV->BSV", x_BSD, gathered(self.w_DV, P(None, "tensor"), self.dtype))
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config import ModelConfig
-from moe_jax.layers.attention import Attention
-from moe_jax.layers.basic import RMSNorm
+from moe_jax.layers.basic import make_norm, scaled
+from moe_jax.layers.latent_attention import make_attention
 from moe_jax.layers.mlp import MLP
 from moe_jax.layers.moe import MoE, MoEAux
 
@@ -17,32 +17,44 @@ from moe_jax.layers.moe import MoE, MoEAux
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts.
 
-    The projections back into the residual stream start smaller by sqrt(2 L) (GPT-2).
+    With `model.post_norms` what is added goes through a norm of its own first (Gemma 2, 2408.00118, section 2), and it is multiplied
+    by `model.residual_scale`. The projections back into the residual stream start smaller by sqrt(2 L) (GPT-2).
     """
 
     def __init__(self, config: ModelConfig, is_moe: bool, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         out_std = config.init_std / math.sqrt(2 * config.num_layers)
-        self.is_moe = is_moe
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config, out_std, dtype, rngs=rngs)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.is_moe, self.residual_scale, self.has_post_norms = is_moe, config.residual_scale, config.post_norms
+        self.attention_norm = make_norm(config)
+        self.attention = make_attention(config, out_std, dtype, rngs=rngs)
+        self.ffn_norm = make_norm(config)
+        if config.post_norms:
+            self.attention_post_norm, self.ffn_post_norm = make_norm(config), make_norm(config)
         if is_moe:
             self.moe = MoE(config, out_std, dtype, rngs=rngs)
         else:
-            self.mlp = MLP(config.d_model, config.d_ff, config.activation, config.init_std, out_std, dtype, rngs=rngs)
+            widths, limit = (config.d_model, config.d_ff), config.activation_limit
+            self.mlp = MLP(*widths, config.activation, config.init_std, out_std, dtype, limit=limit, rngs=rngs)
 
     def __call__(
         self,
         x_BSD: jax.Array,
         segment_ids_BS: jax.Array,
         positions_BS: jax.Array,
+        sees_all: jax.Array | None = None,
         **for_moe: Any,
     ) -> tuple[jax.Array, MoEAux | None]:
-        """Returns (x, aux); aux is None for a dense block. `for_moe` are arguments of `MoE.__call__`."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), segment_ids_BS, positions_BS)
+        """Returns (x, aux); aux is None for a dense block.
+
+        Args:
+          x_BSD: the residual stream.
+          segment_ids_BS: 0 is padding.
+          positions_BS: within the document.
+          sees_all: as in `Attention.__call__`; None where all layers are alike.
+          **for_moe: arguments of `MoE.__call__`.
+        """
+        y_BSD = self.attention(self.attention_norm(x_BSD), segment_ids_BS, positions_BS, sees_all)
+        x_BSD = x_BSD + scaled(self.attention_post_norm(y_BSD) if self.has_post_norms else y_BSD, self.residual_scale)
         h_BSD = self.ffn_norm(x_BSD)
-        if not self.is_moe:
-            return x_BSD + self.mlp(h_BSD), None
-        y_BSD, aux = self.moe(h_BSD, segment_ids_BS > 0, **for_moe)
-        return x_BSD + y_BSD, aux
+        y_BSD, aux = self.moe(h_BSD, segment_ids_BS > 0, **for_moe) if self.is_moe else (self.mlp(h_BSD), None)
+        return x_BSD + scaled(self.ffn_post_norm(y_BSD) if self.has_post_norms else y_BSD, self.residual_scale), aux

@@ -73,12 +73,16 @@ class MoEAux:
 
 
 class MoE(nnx.Module):
-    """y = sum of the chosen experts' weighted answers, plus the shared experts' (2401.06066, eq. 9)."""
+    """y = sum of the chosen experts' weighted answers, plus the shared experts' (2401.06066, eq. 9).
+
+    With `shared_gate` the shared experts' answer is multiplied by sigmoid(x . w_shared_gate), one number a token (Qwen2-MoE).
+    """
 
     def __init__(self, config: ModelConfig, out_std: float, dtype, *, axes: Axes = OUR_AXES, rngs: nnx.Rngs):
         moe, D, std = config.moe, config.d_model, config.init_std
         self.d_model = D
-        self.config, self.dtype, self.activation, self.axes = moe, dtype, config.activation, axes
+        self.config, self.dtype, self.axes = moe, dtype, axes
+        self.activation, self.limit = config.activation, config.activation_limit
         self.router = make_router(moe.router, moe.num_experts)
         for name, spec in self.router.params(D).items():
             everywhere = (None,) * len(spec.shape)
@@ -88,10 +92,13 @@ class MoE(nnx.Module):
                 setattr(self, name, constant_param(spec.value, spec.shape, everywhere))
         for name, value in self.router.init_state().items():
             setattr(self, name, placed(RouterState, value, (None,) * value.ndim))
-        self.experts = Experts(moe.num_experts, D, moe.d_ff, config.activation, std, out_std, axes=axes, rngs=rngs)
+        sizes = moe.num_experts, D, moe.d_ff
+        self.experts = Experts(*sizes, self.activation, std, out_std, bias=moe.expert_bias, axes=axes, rngs=rngs)
         if moe.num_shared_experts:
-            width = moe.num_shared_experts * moe.d_ff
-            self.shared = MLP(D, width, config.activation, std, out_std, dtype, axes=axes, rngs=rngs)
+            width = moe.num_shared_experts * (moe.shared_d_ff or moe.d_ff)
+            self.shared = MLP(D, width, self.activation, std, out_std, dtype, limit=self.limit, axes=axes, rngs=rngs)
+        if moe.shared_gate:
+            self.w_shared_gate_D = normal_param(rngs, (D,), (None,), std)
 
     @classmethod
     def standalone(
@@ -101,6 +108,7 @@ class MoE(nnx.Module):
         *,
         axes: Axes = OUR_AXES,
         activation: str = "swiglu",
+        activation_limit: float = 7.0,
         init_std: float = 0.02,
         out_std: float | None = None,
         dtype=jnp.float32,
@@ -116,7 +124,8 @@ class MoE(nnx.Module):
           moe: experts, router, loss weights, dispatch, exchange (`configs/base.py` explains each field). `first_dense` and `every`
             are the model's business, not the layer's.
           axes: which axes of your mesh play which part; with one device there is nothing to say.
-          activation: "swiglu", "geglu" or "gelu".
+          activation: "swiglu", "geglu", "swiglu_clamped", "gelu" or "relu" (`layers.mlp.activate`).
+          activation_limit: for "swiglu_clamped".
           init_std: standard deviation of the weights; those back into the model have `out_std`, by default the same.
           dtype: of the computation, and of y; parameters are float32.
           rngs: with a `params` stream, or a default one.
@@ -129,7 +138,8 @@ class MoE(nnx.Module):
                 "model.moe.num_experts = 0 is a dense model, and this is an MoE layer; give it at least one expert."
             )
         name = jnp.dtype(dtype).name
-        config = ModelConfig(d_model=d_model, activation=activation, init_std=init_std, dtype=name, num_layers=1, moe=moe)
+        activations = {"activation": activation, "activation_limit": activation_limit}
+        config = ModelConfig(d_model=d_model, **activations, init_std=init_std, dtype=name, num_layers=1, moe=moe)
         Config(model=config)  # the rules
         return cls(config, init_std if out_std is None else out_std, jnp.dtype(dtype), axes=axes, rngs=rngs)
 
@@ -170,6 +180,7 @@ class MoE(nnx.Module):
             "replay_weight_TM": None if replay is None else replay.weight_BSM,
         }
         state = self.router_state()
+        settings = {"backend": self.config.grouped_matmul, "limit": self.limit, "tensor": self.axes.present().tensor}
         y_BSD, sums, stats, per_token = moe_island(
             x_BSD,
             {name: array for name, array in rows.items() if array is not None},
@@ -179,15 +190,25 @@ class MoE(nnx.Module):
             noise_key if self.router.uses_noise else None,
             router=self.router,
             moe=self.config,
-            make_expert_fn=partial(make_expert_fn, activation=self.activation, backend=self.config.grouped_matmul),
+            make_expert_fn=partial(make_expert_fn, activation=self.activation, **settings),
             axes=self.axes,
-            beside_BSD=self.shared(x_BSD) if self.config.num_shared_experts else None,
+            beside_BSD=self._shared(x_BSD),
             training=noise_key is not None,
             record=record,
         )
         if jax.typeof(y_BSD).sharding.spec != theirs:
             y_BSD = jax.sharding.reshard(y_BSD, theirs)
         return y_BSD, MoEAux(sums, stats, self.router.loss(sums, state), per_token)
+
+    def _shared(self, x_BSD):
+        """The shared experts' answer; None where there are none."""
+        if not self.config.num_shared_experts:
+            return None
+        y_BSD = self.shared(x_BSD)
+        if not self.config.shared_gate:
+            return y_BSD
+        gate_BS = jax.nn.sigmoid(jnp.einsum("BSD,D->BS", x_BSD, self.w_shared_gate_D[...].astype(self.dtype)))
+        return y_BSD * gate_BS[..., None]
 
     def router_state(self) -> dict[str, jax.Array]:
         """What the router keeps from step to step, by name."""

@@ -34,6 +34,9 @@ class DeepSeek(Router):
     )
     num_groups: int = 1  # experts stand in this many equal groups of neighbours; one group a node in V3
     top_groups: int = 1  # groups a token may use: at most that many nodes hear of it
+    group_best: int = (
+        2  # a group counts by the sum of this many of its best affinities: 2 (V3) or 1 (V2, 2405.04434, section 2.2.2)
+    )
     bias_update: str = (
         "sign"  # rule of the bias: "sign" (V3), "proportional" to the relative load error, "quantile" (at once), "none"
     )
@@ -66,6 +69,8 @@ class DeepSeek(Router):
             raise ConfigError(
                 f"{_PATH}.top_groups = {self.top_groups} must be between 1 and {_PATH}.num_groups = {self.num_groups}."
             )
+        if self.group_best < 1:
+            raise ConfigError(f"{_PATH}.group_best = {self.group_best} must be at least 1; V3 uses 2, V2 uses 1.")
         reachable = self.top_groups * (self.num_experts // self.num_groups)
         if self.top_k > reachable:
             raise ConfigError(
@@ -95,15 +100,15 @@ class DeepSeek(Router):
         return token_choice(expert_TK, self.scale * weight_TK, probs_TE, logits_TE, tokens, sums=sums)
 
     def _limit_groups(self, biased_TE: jax.Array) -> jax.Array:
-        """Node-limited routing: -inf outside the M groups whose two best biased affinities have the highest sums.
+        """Node-limited routing: -inf outside the M groups whose `group_best` best biased affinities have the highest sums.
 
         Not 0: a biased affinity may be negative, and then an expert of a group that lost would win.
         """
         if self.top_groups == self.num_groups:
             return biased_TE
         biased_TRI = biased_TE.reshape(-1, self.num_groups, self.num_experts // self.num_groups)
-        best_two = jax.lax.top_k(biased_TRI, min(2, biased_TRI.shape[-1]))[0]
-        group_TM = choose(best_two.sum(-1), self.top_groups)
+        best = jax.lax.top_k(biased_TRI, min(self.group_best, biased_TRI.shape[-1]))[0]
+        group_TM = choose(best.sum(-1), self.top_groups)
         kept_TR = (group_TM[:, :, None] == jnp.arange(self.num_groups)).any(1)
         return jnp.where(kept_TR[:, :, None], biased_TRI, -jnp.inf).reshape(biased_TE.shape)
 

@@ -21,7 +21,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from moe_jax.train import stored_arrays
 from moe_jax.train.paths import leaf_names
+from moe_jax.validation import RefusalError
 
 _LOG = logging.getLogger(__name__)
 _WRITTEN_LAST = "_CHECKPOINT_METADATA"  # by Orbax, with the time of the commit
@@ -29,7 +31,7 @@ _NAMES = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
 _NEEDED = ("state/_METADATA", "state/manifest.ocdbt", "extra/metadata")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RefusalError):
     """A checkpoint that is not there, does not fit, or would be written over; the message names the folder."""
 
 
@@ -80,7 +82,10 @@ class Checkpoints:
         arrays = jax.tree.map(_key_to_data, _by_name(state))
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_nest(arrays)), extra=ocp.args.JsonSave(extra)),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_nest(arrays), save_args=_nest(jax.tree.map(_save_args, arrays))),
+                extra=ocp.args.JsonSave(extra),
+            ),
             metrics={self._best_metric: _rank(extra, self._best_metric)},
         )
 
@@ -94,34 +99,42 @@ class Checkpoints:
         finite = [(rank, -step) for step, rank in ranks.items() if rank < math.inf]
         return -min(finite)[1] if finite else None
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int, abstract_state: Any, part: bool = False) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint, bit for bit, onto the shardings asked for, whatever mesh it was saved on.
 
         Args:
           step: of a complete checkpoint.
           abstract_state: the tree to fill: arrays or `jax.ShapeDtypeStruct`s with their shardings (the default device without).
+          part: the checkpoint may hold other arrays too, which are not read, and bfloat16 where float32 is asked for.
 
         Returns: the state in the form of `abstract_state`, and the `extra` given to `save`.
 
         Raises:
           CheckpointError: no such checkpoint, or one whose names, shapes or dtypes are not those of `abstract_state`.
         """
+        path = self.path(step)
+        wanted = _by_name(abstract_state)
+        targets = {name: _target(leaf) for name, leaf in wanted.items()}
+        handler = ocp.CompositeCheckpointHandler(
+            state=ocp.PyTreeCheckpointHandler(), extra=ocp.JsonCheckpointHandler(), metrics=ocp.JsonCheckpointHandler()
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            saved = _by_name(checkpointer.metadata(path).item_metadata["state"].tree)
+            _check_fit({name: saved[name] for name in saved if name in wanted or not part}, targets, path, widen=part)
+            item = _nest(targets)
+            arguments = ocp.checkpoint_utils.construct_restore_args(item)
+            args = ocp.args.Composite(state=ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=part))
+            arrays = _by_name(checkpointer.restore(path, args=args)["state"])
+        leaves = [_data_to_key(arrays[name], leaf) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), self.read_extra(step)
+
+    def path(self, step: int) -> pathlib.Path:
+        """The folder of a complete checkpoint. Raises CheckpointError when there is none of this step."""
         if step not in self._steps():
             raise CheckpointError(
                 f"No complete checkpoint of step {step} is in {self.folder}; there are {self._steps() or 'none'}."
             )
-        wanted = _by_name(abstract_state)
-        targets = {name: _target(leaf) for name, leaf in wanted.items()}
-        path = self.folder / str(step)
-        handler = ocp.CompositeCheckpointHandler(
-            state=ocp.StandardCheckpointHandler(), extra=ocp.JsonCheckpointHandler(), metrics=ocp.JsonCheckpointHandler()
-        )
-        with ocp.Checkpointer(handler) as checkpointer:
-            _check_fit(_by_name(checkpointer.metadata(path).item_metadata["state"].tree), targets, path)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(_nest(targets)))
-            arrays = _by_name(checkpointer.restore(path, args=args)["state"])
-        leaves = [_data_to_key(arrays[name], leaf) for name, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), self.read_extra(step)
+        return self.folder / str(step)
 
     def read_extra(self, step: int) -> dict[str, Any]:
         """The `extra` given to `save`, without reading arrays; `step` is of a complete checkpoint."""
@@ -226,6 +239,12 @@ def _nest(by_name):
     return tree
 
 
+def _save_args(array) -> ocp.SaveArgs:
+    """Chunks of a large array are of few of its layers, so that one can be read alone (`stored_arrays.StoredArrays`)."""
+    large = array.nbytes > stored_arrays.CHUNK_BYTES
+    return ocp.SaveArgs(chunk_byte_size=stored_arrays.CHUNK_BYTES, shard_axes=(0,)) if large else ocp.SaveArgs()
+
+
 def _is_key(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -248,11 +267,11 @@ def _target(leaf) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
 
 
-def _check_fit(saved, wanted, folder):
+def _check_fit(saved, wanted, folder, widen):
     for name in sorted(wanted.keys() | saved.keys()):
         there = f"{saved[name].dtype}{list(saved[name].shape)}" if name in saved else "absent"
         asked = f"{wanted[name].dtype}{list(wanted[name].shape)}" if name in wanted else "absent"
-        if there != asked:
+        if there != asked and not (widen and there.replace("bfloat16", "float32") == asked):
             raise CheckpointError(
                 f"The checkpoint in {folder} does not fit the model: {name} is {there} in the checkpoint and {asked} in the"
                 " model; use the config it was trained with, or another folder."

@@ -16,10 +16,12 @@ from flax import nnx
 
 from moe_jax.analysis import summary
 from moe_jax.config import Config, ConfigError, to_dict
+from moe_jax.convert import initial
 from moe_jax.data.corpus import Corpus, load_corpus, save_tokenizer
 from moe_jax.data.pipeline import train_iterator
 from moe_jax.mesh import emulate_devices, make_mesh, shard_batch
 from moe_jax.models.decode import make_next_token, sample
+from moe_jax.sizes import with_vocabulary
 from moe_jax.train import run
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.evaluate import evaluate, make_eval_step
@@ -29,9 +31,10 @@ from moe_jax.train.state import TrainState, create
 from moe_jax.train.step import make_train_step
 from moe_jax.train.tape import Tape, take_record, train_key
 from moe_jax.train.writers import MetricWriter
+from moe_jax.validation import RefusalError
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RefusalError):
     """A guard ended the run; the message names the step, the figure and the last good checkpoint."""
 
 
@@ -60,20 +63,22 @@ def train(config: Config) -> dict[str, float | np.ndarray]:
         routing record; nothing has been written then.
       TrainingError: the loss or the gradient norm is not finite.
     """
+    config = initial.complete(config)
     run.check(config)
     emulate_devices(config.mesh.emulate)
     mesh = make_mesh(config)
     with run.checkpoints(config) as checkpoints:
         start = _where_to_start(config, checkpoints)
         corpus = load_corpus(config.data, config.workdir)
-        config = run.with_vocabulary(config, corpus.tokenizer.vocab_size)
+        config = with_vocabulary(config, corpus.tokenizer.vocab_size)
         make_mesh(config)  # the vocabulary must divide over the tensor axis too
-        if start is not None:
+        if start:
             _refuse_other_origin(config.workdir, start, checkpoints.read_extra(start)["origin"], _origin(config, corpus))
+        source = initial.open_for(config) if config.init_from and start is None else None
         tape = _tape(config, corpus, start or 0)
         print("\n".join(filter(None, (summary.opening(config, mesh, corpus), str(tape)))))
         with jax.set_mesh(mesh):
-            return _train(config, mesh, corpus, checkpoints, start, tape)
+            return _train(config, mesh, corpus, checkpoints, start, tape, source)
 
 
 def _where_to_start(config, checkpoints):
@@ -130,7 +135,7 @@ def _tape(config, corpus, start):
     return tape
 
 
-def _train(config, mesh, corpus, checkpoints, start, tape):
+def _train(config, mesh, corpus, checkpoints, start, tape, source):
     iterator = train_iterator(
         corpus.train,
         config.data,
@@ -138,7 +143,8 @@ def _train(config, mesh, corpus, checkpoints, start, tape):
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    graphdef, optimizer, state = create(config)
+    weights = _weights(config, mesh, checkpoints, start, source)
+    graphdef, optimizer, state = create(config, weights)
     shared = _Run(
         config,
         mesh,
@@ -152,16 +158,25 @@ def _train(config, mesh, corpus, checkpoints, start, tape):
         _origin(config, corpus),
         tape,
     )
-    if start is not None:
+    if start:
         state = run.abstract_state(config, mesh)  # frees the fresh state before the saved one is read
         state, extra = checkpoints.restore(start, state)
         iterator.set_state(extra["data"])
+    if start is not None:
         print(f"continuing from step {start} of {config.workdir}")
     write_run_info(config.workdir, to_dict(config))  # nothing is refused from here on
     save_tokenizer(corpus.tokenizer, config.workdir)
     if start == config.train.steps:
         return _finish(shared, state, _evaluate(shared, state))
     return _finish(shared, *_steps(shared, state, start or 0))
+
+
+def _weights(config, mesh, checkpoints, start, source):
+    """What to start from in place of random numbers; None where there is nothing, or a whole train state to restore."""
+    if start == 0:  # converted: parameters and the router's state, and no optimizer's
+        weights, _ = checkpoints.restore(0, run.abstract_weights(config, mesh), part=True)
+        return weights["params"], weights["router_state"]
+    return initial.load(source, config, mesh) if source else None
 
 
 def _steps(shared: _Run, state: TrainState, start: int):

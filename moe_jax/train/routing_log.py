@@ -29,6 +29,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from moe_jax.validation import RefusalError
+
 _TITLE, _VERSION = "moe_jax routing record", 1
 _HEAD = struct.Struct("<4sIII")
 _MARK = b"blok"
@@ -37,7 +39,7 @@ _EFFORT = 1  # of zlib: higher ones take several times as long to save a few per
 Array = np.ndarray
 
 
-class RecordError(ValueError):
+class RecordError(RefusalError):
     """A routing record that cannot be read, replayed or written; the message names the file and the fix."""
 
 

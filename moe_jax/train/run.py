@@ -1,7 +1,6 @@
 """A run: the config made whole, its corpus, mesh and checkpoints; the same for training, evaluation and sampling."""
 
 import dataclasses
-import json
 import pathlib
 from dataclasses import dataclass
 
@@ -15,13 +14,15 @@ from moe_jax.data.corpus import Corpus
 from moe_jax.data.pipeline import validation_batches
 from moe_jax.data.tokenizers import Tokenizer, load
 from moe_jax.mesh import data_shards, emulate_devices, make_mesh
-from moe_jax.models.transformer import abstract
+from moe_jax.models.transformer import abstract, build
 from moe_jax.routing import language_router
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.optimizer import learning_rate
+from moe_jax.train.run_info import read_config_tree
 from moe_jax.train.state import TrainState, create
 
 BATCH_FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_weights")
+BEST_METRIC = "eval/loss"
 
 
 @dataclass
@@ -49,30 +50,25 @@ def check(config: Config) -> None:
         language_router(config.model.moe.router, config.model.moe.num_experts)
 
 
-def with_vocabulary(config: Config, vocab_size: int) -> Config:
-    """The config with `model.vocab_size` filled in for a tokenizer of `vocab_size` ids.
-
-    Raises:
-      ConfigError: the config's own vocabulary is smaller than the tokenizer's.
-    """
-    asked = config.model.vocab_size
-    if asked and asked < vocab_size:
-        raise ConfigError(f"model.vocab_size = {asked} is less than the tokenizer's {vocab_size} ids; raise it, or set 0.")
-    filled = asked or -(-vocab_size // 128) * 128
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=filled))
-
-
 def checkpoints(config: Config) -> Checkpoints:
     """The checkpoints of the run folder; the best is that of the lowest validation loss."""
     return Checkpoints(
-        pathlib.Path(config.workdir) / "checkpoints", keep=config.train.keep_checkpoints, best_metric="eval/loss"
+        pathlib.Path(config.workdir) / "checkpoints", keep=config.train.keep_checkpoints, best_metric=BEST_METRIC
     )
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the train state on `mesh` (the ambient one)."""
-    shapes = jax.eval_shape(lambda: create(config)[2])
+    return _placed(jax.eval_shape(lambda: create(config)[2]), mesh)
 
+
+def abstract_weights(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict]:
+    """The parameters and the router's state alone, `{"params": ..., "router_state": ...}`, as `abstract_state`."""
+    params, router_state = _placed(jax.eval_shape(lambda: build(config.model, 0)[1:]), mesh)
+    return {"params": params, "router_state": router_state}
+
+
+def _placed(shapes, mesh):
     def place(leaf):
         spec = leaf.sharding.spec if leaf.sharding else P()  # optax's step counts have none
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
@@ -106,29 +102,38 @@ def restore(workdir: str, which: str = "latest", mesh: MeshConfig | None = None)
 
     Args:
       workdir: the run folder.
-      which: "latest", "best" or a step.
+      which: "latest", "best" (the latest where none was evaluated) or a step.
 
     Raises:
       ConfigError: no run there, no such checkpoint, or a mesh that does not fit.
     """
-    folder = pathlib.Path(workdir)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"workdir = {str(folder)!r} holds no run (no config.json); train one with python -m launch.train.")
-    config = from_dict(json.loads((folder / "config.json").read_text()))
-    config = dataclasses.replace(config, workdir=str(folder), mesh=mesh or config.mesh)
+    folder, config = pathlib.Path(workdir), read_config(workdir)
+    config = dataclasses.replace(config, mesh=mesh or config.mesh)
     emulate_devices(config.mesh.emulate)
     device_mesh = make_mesh(config)
     with checkpoints(config) as saved, jax.set_mesh(device_mesh):
-        step = {"latest": saved.latest, "best": saved.best}.get(which, lambda: _step(which))()
-        if step is None:
-            raise ConfigError(f"workdir = {str(folder)!r} has no {which} checkpoint; train the run first.")
-        state, _ = saved.restore(step, abstract_state(config, device_mesh))
+        step = find_step(saved, which)
+        weights, _ = saved.restore(step, abstract_weights(config, device_mesh), part=True)
         graphdef = abstract(config.model)[0]
     tokenizer = load(folder / "tokenizer")
-    return Restored(config, device_mesh, graphdef, state.params, state.router_state, tokenizer, step)
+    return Restored(config, device_mesh, graphdef, weights["params"], weights["router_state"], tokenizer, step)
 
 
-def _step(which):
-    if not which.isdigit():
-        raise ConfigError(f"step = {which!r} is neither 'latest', 'best' nor a number.")
-    return int(which)
+def read_config(workdir: str | pathlib.Path) -> Config:
+    """The config that a run folder was made with, with this `workdir`. Raises ConfigError when there is no run."""
+    folder = pathlib.Path(workdir)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"workdir = {str(folder)!r} holds no run (no config.json); train one with python -m launch.train.")
+    return dataclasses.replace(from_dict(read_config_tree(folder)), workdir=str(folder))
+
+
+def find_step(saved: Checkpoints, which: str) -> int:
+    """The step that "latest", "best" (the latest where none was evaluated) or a number stands for. Raises ConfigError."""
+    if which not in ("latest", "best"):
+        if not which.isdigit():
+            raise ConfigError(f"step = {which!r} is neither 'latest', 'best' nor a number.")
+        return int(which)
+    step = saved.latest() if which == "latest" or saved.best() is None else saved.best()
+    if step is None:
+        raise ConfigError(f"workdir = {str(saved.folder.parent)!r} has no {which} checkpoint; train the run first.")
+    return step

@@ -62,6 +62,17 @@ def write_run_info(workdir: str | os.PathLike, config: Mapping[str, Any]) -> Non
         write_atomic(workdir / name, json.dumps(content, indent=2) + "\n")
 
 
+def read_config_tree(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The config of the run in `workdir`, plain JSON types, in today's fields: those of older runs have other names."""
+    tree = json.loads((pathlib.Path(workdir) / "config.json").read_text(encoding="utf-8"))
+    attention = tree.get("model", {}).get("attention", {})
+    if "rope_theta" in attention:  # before the rotary embedding had more than a base
+        attention["rope"] = {"theta": attention.pop("rope_theta")}
+    if isinstance(attention.get("qk_norm"), bool):
+        attention["qk_norm"] = "head" if attention["qk_norm"] else "none"
+    return tree
+
+
 def _git(folder, *arguments) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

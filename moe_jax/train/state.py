@@ -6,7 +6,7 @@ import optax
 from flax import nnx, struct
 
 from moe_jax.config import Config
-from moe_jax.models.transformer import build
+from moe_jax.models.transformer import abstract, build
 from moe_jax.train.optimizer import make_optimizer
 
 
@@ -27,9 +27,17 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def create(config: Config) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
-    """Model, optimizer and initial state on the ambient mesh, a function of the config and its seed alone."""
-    graphdef, params, router_state = build(config.model, config.train.seed)
+def create(
+    config: Config, weights: tuple[dict, dict] | None = None
+) -> tuple[nnx.GraphDef, optax.GradientTransformation, TrainState]:
+    """Model, optimizer and initial state on the ambient mesh, a function of the config and its seed alone.
+
+    Args:
+      config: of the run.
+      weights: params and router state to start from in place of random ones.
+    """
+    graphdef, *fresh = build(config.model, config.train.seed) if weights is None else (abstract(config.model)[0], *weights)
+    params, router_state = fresh
     optimizer = make_optimizer(config.optimizer, config.train.steps, params)
     opt_state = jax.jit(optimizer.init)(params)
     step = jnp.zeros((), jnp.int32, out_sharding=jax.sharding.PartitionSpec())

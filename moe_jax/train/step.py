@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import Config
 from moe_jax.mesh import BATCH_AXES
-from moe_jax.models.transformer import innermost, token_ids
+from moe_jax.models.transformer import innermost, token_ids, with_innermost
 from moe_jax.routing import make_router, metrics
 from moe_jax.train import objective as obj
 from moe_jax.train.optimizer import learning_rate
@@ -32,7 +32,8 @@ def make_train_step(
 
     The batch holds tokens, targets, segment_ids, positions (int32) and loss_weights (float32), [B, S], split over the batch axes; to
     replay a routing, `choice` and maybe `choice_weight` (`train.objective`).
-    Metrics are a flat dict: scalars, and arrays over MoE layers [L] or layers and experts [L, E]. With `train.record` the routing is
+    Metrics are a flat dict: scalars, and arrays over MoE layers [L] or layers and experts [L, E], the last of them the layer of
+    `model.mtp_layers` if there is one. With `train.record` the routing is
     among them, as `make_gradient_fn` has it.
     """
     schedule = learning_rate(config.optimizer, config.train.steps)
@@ -65,7 +66,7 @@ def make_gradient_fn(
         state = innermost(router_state)
         if state:
             state = router.update(state, sums.routing)
-            router_state = jax.tree.unflatten(jax.tree.structure(router_state), jax.tree.leaves(state))
+            router_state = with_innermost(router_state, state)
         report = _metrics(model, sums, totals, state) | {"train/gradient_norm": optax.global_norm(gradients)}
         return gradients, router_state, report | {f"record/{name}": array for name, array in recorded.items()}
 
@@ -75,7 +76,7 @@ def make_gradient_fn(
 def _batch_gradients(params, router_state, batch, noise_key, *, graphdef, config: Config, record: bool):
     """Gradients of the whole batch's objective, its sums and records, and its totals, over `train.accumulation` microbatches."""
     batch = batch | {"token_id": token_ids(batch["tokens"])}
-    totals = obj.count(batch)
+    totals = obj.count(batch, with_ahead=config.model.mtp_layers > 0)
     loss = partial(obj.objective, graphdef=graphdef, config=config.model, record=record)
     gradient = jax.grad(loss, has_aux=True)
     count = config.train.accumulation
@@ -145,18 +146,21 @@ def _metrics(config, sums, totals, state):
     report = {"train/loss": nll, "train/perplexity": jnp.exp(nll), "train/targets": totals.targets}
     if config.logit_z_loss_weight:
         report["train/logit_z_loss"] = sums.logit_z / totals.targets
+    if sums.nll_ahead is not None:
+        report["loss/mtp"] = sums.nll_ahead / totals.ahead.targets
     if sums.routing is None:
         return report
     stats, routing_sums = sums.stats, sums.routing
+    tokens = totals.of_layers(len(stats.load_E)).tokens
     dropped_L = stats.dropped_capacity + stats.dropped_sender + stats.dropped_receiver
     routed_L = jnp.maximum(jnp.sum(stats.load_E, axis=-1), 1)
     report |= {
         "router/balance_loss": jnp.mean(sums.balance_L),
-        "router/z_loss": jnp.mean(routing_sums.z_sum) / totals.tokens,
+        "router/z_loss": jnp.mean(routing_sums.z_sum / tokens),
         "router/load": stats.load_E,
         "router/max_violation": metrics.max_violation(stats.load_E),
         "router/dead_experts": metrics.dead_experts(stats.load_E),
-        "router/entropy": metrics.mean_entropy(routing_sums.entropy_sum, totals.tokens, config.moe.num_experts),
+        "router/entropy": metrics.mean_entropy(routing_sums.entropy_sum, tokens, config.moe.num_experts),
         "router/dropped_fraction": dropped_L / routed_L,
         "router/dropped_capacity": stats.dropped_capacity,
         "router/dropped_sender": stats.dropped_sender,
@@ -165,7 +169,7 @@ def _metrics(config, sums, totals, state):
         "exchange/bytes": stats.bytes_sent,
         "exchange/exact": (stats.exact > 0).astype(jnp.int32),
     }
-    report["router/experts_per_token"] = jnp.sum(stats.load_E, axis=-1) / totals.tokens
+    report["router/experts_per_token"] = jnp.sum(stats.load_E, axis=-1) / tokens
     if sums.router_L is not None:
         report["router/own_loss"] = jnp.mean(sums.router_L)
     if sums.reward is not None:

@@ -8,8 +8,7 @@ import tiny
 from configs import base, quickstart
 from moe_jax.analysis.bench_train import dense_twin, rows
 from moe_jax.config import from_dict
-from moe_jax.sizes import flops_per_token, num_params
-from moe_jax.train.run import with_vocabulary
+from moe_jax.sizes import flops_per_token, num_params, with_vocabulary
 
 CONFIGS = {
     "quickstart": with_vocabulary(from_dict(quickstart.get_config()), 257),

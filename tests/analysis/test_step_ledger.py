@@ -68,6 +68,7 @@ def test_a_train_step_has_these_collectives_and_no_others(mesh_name, remat):
     assert table == STEP[mesh_name, remat], f"the step now has {table}"
 
 
+@pytest.mark.slow
 def test_the_backward_repeats_the_exchange_only_when_asked():
     exchanges = {}
     for remat_exchange in (False, True):

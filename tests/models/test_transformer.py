@@ -23,7 +23,7 @@ VARIANTS = {
             activation="gelu",
             tied_embeddings=True,
             attention=AttentionConfig(
-                num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=True, window=3, qkv_bias=True, out_bias=True
+                num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="head", window=3, qkv_bias=True, out_bias=True
             ),
         )
     ),

@@ -25,15 +25,16 @@ def _sees(b, s, t, window):
     return same and t <= s and (window == 0 or s - t < window)
 
 
-def _loop(q, k, v, window):
+def _loop(q, k, v, window, sink_H=None, scale=N**-0.5, softcap=0.0):
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    y = np.zeros_like(q)
+    y = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, s, h in np.ndindex(B, S, H):
         g = h // (H // G)
         seen = [t for t in range(S) if _sees(b, s, t, window)]
         if seen:
-            p = np.exp([q[b, s, h] @ k[b, t, g] / np.sqrt(N) for t in seen])
-            y[b, s, h] = (p / p.sum()) @ v[b, seen, g]
+            score = np.array([q[b, s, h] @ k[b, t, g] * scale for t in seen])
+            p = np.exp(softcap * np.tanh(score / softcap) if softcap else score)
+            y[b, s, h] = p @ v[b, seen, g] / (p.sum() + (np.exp(sink_H[h]) if sink_H is not None else 0))
     return y
 
 
@@ -44,6 +45,65 @@ def test_against_a_loop(window, dtype):
     y = attention(q, k, v, jnp.asarray(SEGMENTS_BS), window=window)
     assert y.dtype == dtype
     assert_close(y, _loop(q, k, v, window))
+
+
+EXTRAS = {
+    "scale": dict(scale=0.7),
+    "softcap": dict(softcap=1.5),
+    "sinks": dict(sink_H=np.array([-2.0, 0.0, 1.0, 9.0], np.float32)),
+    "all": dict(scale=0.7, softcap=1.5, sink_H=np.array([-2.0, 0.0, 1.0, 9.0], np.float32)),
+}
+
+
+@pytest.mark.parametrize(
+    ("extras", "width", "dtype"),
+    [*((extras, 4, jnp.float32) for extras in EXTRAS), ("all", 12, jnp.float32), ("all", 4, jnp.bfloat16)],
+)
+def test_extras_and_values_of_another_width_against_a_loop(extras, width, dtype):
+    q, k, _ = _qkv(dtype)
+    v = jax.random.normal(jax.random.key(1), (B, S, G, width), dtype)
+    y = attention(q, k, v, jnp.asarray(SEGMENTS_BS), window=3, **EXTRAS[extras])
+    assert y.dtype == dtype
+    assert_close(y, _loop(q, k, v, 3, **EXTRAS[extras]))
+
+
+@pytest.mark.parametrize(("extras", "window"), [*((extras, 40) for extras in EXTRAS), ("all", 0)])
+def test_gradients_of_extras_in_several_blocks_against_autodiff(extras, window):
+    length, M = 150, 4
+    kinds = dict(EXTRAS[extras])
+    sink_H = jnp.asarray(kinds.pop("sink_H", np.full(H, -np.inf, np.float32)))
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(B, length, h, w) for h, w in ((H, N), (G, N), (G, M), (H, M))]
+    q, k, v, g = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    segments = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 2]], length // 3, axis=1))
+    distance = np.arange(length)[:, None] - np.arange(length)
+    sees = (distance >= 0) & ((distance < window) if window else True) & (segments[:, :, None] == segments[:, None, :])
+
+    def expected(q, k, v, sink_H):
+        k, v = (jnp.repeat(a, H // G, axis=2) for a in (k, v))
+        score = jnp.einsum("BSHN,BTHN->BHST", q, k) * kinds.get("scale", N**-0.5)
+        if softcap := kinds.get("softcap"):
+            score = softcap * jnp.tanh(score / softcap)
+        score = jnp.where(sees[:, None], score, -jnp.inf)
+        sink = jnp.broadcast_to(sink_H[None, :, None, None], (B, H, length, 1))
+        weight = jax.nn.softmax(jnp.concatenate([score, sink], axis=-1), axis=-1)[..., :-1]
+        return jnp.where((segments != 0)[:, :, None, None], jnp.einsum("BHST,BTHM->BSHM", weight, v), 0)
+
+    def ours(q, k, v, sink_H):
+        return attention(q, k, v, segments, sink_H if "sink_H" in EXTRAS[extras] else None, window=window, **kinds)
+
+    (y, back), (y_expected, back_expected) = (jax.vjp(jax.jit(f), q, k, v, sink_H) for f in (ours, expected))
+    assert_close(y, y_expected)
+    for actual, gradient in zip(back(g), back_expected(g), strict=True):
+        assert_close(actual, gradient)
+
+
+def test_a_huge_sink_or_score_overflows_nothing():
+    q, k, v = _qkv()
+    for size, sink in ((1.0, 1e4), (1e3, 0.0)):
+        y, back = jax.vjp(lambda q, sink: attention(q, k, v, jnp.asarray(SEGMENTS_BS), sink), size * q, jnp.full(H, sink))
+        assert all(np.all(np.isfinite(a)) for a in (y, *back(jnp.ones_like(y))))
+        assert np.any(np.asarray(y)) == (sink == 0.0)
 
 
 @pytest.mark.parametrize("window", [0, 3])
@@ -127,6 +187,21 @@ def test_auto_takes_cudnn_where_it_can(args, chosen):
     assert choose_implementation("auto", *args) == chosen
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (dict(v_head_dim=32), r"but the values' width is 32; use"),
+        (dict(softcap=30.0), r"but model.attention.softcap is 30.0; use"),
+        (dict(sinks=True), r"but model.attention.sinks is True; use"),
+    ],
+)
+def test_what_cudnn_cannot_do_goes_to_xla_or_is_refused(extra, message):
+    args = (jnp.bfloat16, 64, "gpu")
+    assert choose_implementation("auto", *args, **extra) == "xla"
+    with pytest.raises(ConfigError, match=message):
+        choose_implementation("cudnn", *args, **extra)
+
+
 def test_bad_arguments_are_refused_in_a_sentence():
     q, k, v = _qkv()
     with pytest.raises(ConfigError, match=r"'cudnn' needs a GPU.* but the platform is 'cpu'; use 'auto' or 'xla'"):
@@ -138,16 +213,20 @@ def test_bad_arguments_are_refused_in_a_sentence():
 
 
 def test_inside_shard_map_split_by_rows_and_heads():
-    qkv, segment_ids_BS = _qkv(), jnp.asarray(SEGMENTS_BS)
+    qkv, segment_ids_BS, sink_H = _qkv(), jnp.asarray(SEGMENTS_BS), jnp.arange(4.0)
 
-    def run(q, k, v, segment_ids_BS):
-        y, pullback = jax.vjp(lambda *qkv: attention(*qkv, segment_ids_BS, window=3), q, k, v)
+    def run(q, k, v, sink_H, segment_ids_BS):
+        def answer(q, k, v, sink_H):
+            return attention(q, k, v, segment_ids_BS, sink_H, window=3)
+
+        y, pullback = jax.vjp(answer, q, k, v, sink_H)
         return y, *pullback(jnp.cos(y))
 
     mesh = mesh_of(data=2, tensor=2)
     heads, rows = P("data", None, "tensor", None), P("data", None)
     with jax.set_mesh(mesh):
-        island = jax.jit(jax.shard_map(run, in_specs=(heads,) * 3 + (rows,), out_specs=(heads,) * 4))
-        actual = island(*(jax.reshard(a, heads) for a in qkv), jax.reshard(segment_ids_BS, rows))
-    for a, e in zip(actual, jax.jit(run)(*qkv, segment_ids_BS), strict=True):
+        specs = (heads,) * 3 + (P("tensor"), rows)
+        island = jax.jit(jax.shard_map(run, in_specs=specs, out_specs=(heads,) * 4 + (P("tensor"),)))
+        actual = island(*(jax.reshard(a, s) for a, s in zip((*qkv, sink_H, segment_ids_BS), specs, strict=True)))
+    for a, e in zip(actual, jax.jit(run)(*qkv, sink_H, segment_ids_BS), strict=True):
         assert_close(a, e)

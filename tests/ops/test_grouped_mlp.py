@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "geglu": lambda up, gate: activate("geglu", up, gate),
     "gelu": lambda up: activate("gelu", up, None),
 }
+BIASED = ACTIVATIONS | {"swiglu_clamped": lambda up, gate: activate("swiglu_clamped", up, gate, 0.8)}
 
 
 def _inputs(rows, sizes, activation, dtype="float32"):
@@ -89,6 +90,49 @@ def test_other_backends_are_three_products():
     _assert_same(actual, expected, "float32")
 
 
+def _biased(backend, activation, dtype):
+    """What `_values_and_gradients` gives with the gradients of biases, by `backend`, or expert by expert where that is None."""
+    sizes = (5, 90, 0, 7)
+    x_AD, w_in, w_out_EFD, g_AD, sizes_E = _inputs(131, sizes, activation, dtype)
+    rng = np.random.default_rng(1)
+    biases = tuple(jnp.asarray(rng.standard_normal((len(sizes), n)), dtype) for n in (*(F,) * len(w_in), D))
+
+    def multiply(a, w, b):
+        return jnp.matmul(*(array.astype(jnp.float32) for array in (a, w)), precision="highest") + b.astype(jnp.float32)
+
+    def run(x, w_in, w_out, biases):
+        if backend is not None:
+            return grouped_mlp(x, w_in, w_out, sizes_E, BIASED[activation], backend, biases)
+        parts, start = [], 0
+        for e, size in enumerate(sizes):
+            own = x[start : start + size]
+            pre = [multiply(own, w[e], b[e]).astype(x.dtype) for w, b in zip(w_in, biases[:-1], strict=True)]
+            parts.append(multiply(BIASED[activation](*pre), w_out[e], biases[-1][e]))
+            start += size
+        return jnp.concatenate([*parts, jnp.zeros((len(x) - start, D))]).astype(x.dtype)
+
+    y_AD, pullback = jax.vjp(jax.jit(run), x_AD, w_in, w_out_EFD, biases)
+    return y_AD, *pullback(g_AD)
+
+
+@pytest.mark.parametrize(
+    ("backend", "activation", "dtype"),
+    [
+        ("cpu", "swiglu", "float32"),
+        ("cpu", "swiglu_clamped", "float32"),
+        ("cpu", "gelu", "bfloat16"),
+        ("reference", "swiglu_clamped", "float32"),
+    ],
+)
+def test_biases_are_those_of_the_row_s_expert(backend, activation, dtype):
+    actual = _biased(backend, activation, dtype)
+    _assert_same(actual, _biased(None, activation, dtype), dtype)
+    y_AD, dx_AD, *_, db = actual
+    assert np.all(np.asarray(y_AD[102:]) == 0)
+    assert np.all(np.asarray(dx_AD[102:]) == 0)
+    assert all(np.all(b[2] == 0) and np.all(np.abs(b[[0, 1, 3]]).max(1) > 0) for b in map(np.asarray, db))
+
+
 def test_garbage_past_the_end_does_not_leak():
     x_AD, w_in, w_out_EFD, g_AD, sizes_E = _inputs(131, (5, 0, 8, 40), "swiglu")
     x_AD, g_AD = x_AD.at[53:].set(jnp.nan), g_AD.at[53:].set(jnp.nan)
@@ -139,5 +183,7 @@ def test_bad_arguments_are_refused_in_a_sentence():
     x_AD, w_in, w_out_EFD, _, sizes_E = _inputs(10, (5, 5), "swiglu")
     with pytest.raises(ValueError, match="make D, E and F agree"):
         grouped_mlp(x_AD, w_in, w_out_EFD, sizes_E[:1], ACTIVATIONS["swiglu"])
+    with pytest.raises(ValueError, match=r"takes no biases or one \[E, F\] of each of w_in and one \[E, D\]"):
+        grouped_mlp(x_AD, w_in, w_out_EFD, sizes_E, ACTIVATIONS["swiglu"], "cpu", (w_in[0][:, 0], w_out_EFD[:, 0]))
     with pytest.raises(ValueError, match="cast them to one dtype"):
         grouped_mlp(x_AD.astype(jnp.bfloat16), w_in, w_out_EFD, sizes_E, ACTIVATIONS["swiglu"])

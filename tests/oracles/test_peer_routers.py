@@ -147,7 +147,7 @@ def test_deepseek_block_with_shared_experts(mesh):
         actual_y, (dparams, dx) = _run_layer(config.model, mesh, block, cotangent)
     assert_close(actual_y, y.detach().numpy(), what="output")
     assert_close(dx, x.grad.numpy(), what="gradient by x")
-    expected = moe_params(gradients(block), "", shared=True)
+    expected = moe_params(gradients(block), config.model)
     jax.tree_util.tree_map_with_path(lambda p, a, e: assert_close(a, e, what=jax.tree_util.keystr(p)), dparams, expected)
 
 
@@ -159,9 +159,7 @@ def _run_layer(model, mesh, block, cotangent):
 
     graphdef = nnx.eval_shape(make)[0]
     params = nnx.to_pure_dict(jax.jit(lambda: make()[1])())
-    params = jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding), moe_params(values(block), "", shared=True), params
-    )
+    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), moe_params(values(block), model), params)
     bias = {"bias_E": jnp.asarray(BIASES["positive"])}
     arrays = {"x": X_TD.reshape(cotangent.shape), "mask": MASK_T.reshape(cotangent.shape[:2]), "cotangent": cotangent}
 

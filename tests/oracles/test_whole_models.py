@@ -17,7 +17,7 @@ from copy_weights import gradients, our_params, randomise, values
 from flax import nnx
 from tolerance import assert_close
 
-from moe_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, RouterConfig
+from moe_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
 from moe_jax.mesh import make_mesh, shard_batch
 from moe_jax.models.transformer import build, token_ids
 from moe_jax.routing import losses
@@ -46,7 +46,7 @@ def _sizes(model: ModelConfig) -> dict:
         num_key_value_heads=model.attention.num_kv_heads,
         head_dim=model.attention.head_dim,
         rms_norm_eps=model.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": model.attention.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": model.attention.rope.theta},
         tie_word_embeddings=model.tied_embeddings,
         pad_token_id=None,
         **EAGER,
@@ -107,14 +107,14 @@ ODD = ModelConfig(
     d_ff=30,
     norm_eps=3e-3,
     remat="none",
-    attention=AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=10, rope_theta=50.0),
+    attention=AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=10, rope=RopeConfig(theta=50.0)),
     moe=MoEConfig(num_experts=5, d_ff=11, num_shared_experts=0, router=RouterConfig("mixtral", 2)),
 )
 EVEN = replace(  # divides over the meshes of eight devices
     ODD,
     vocab_size=38,
     d_model=20,
-    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=50.0),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, rope=RopeConfig(theta=50.0)),
     moe=replace(ODD.moe, num_experts=8, d_ff=12),
 )
 DENSE = replace(ODD, d_model=24, moe=MoEConfig(num_experts=0))  # their Llama wants a multiple of the heads
@@ -126,7 +126,7 @@ CASES = {
         _qwen3_moe,
         replace(
             ODD,
-            attention=replace(ODD.attention, qk_norm=True),
+            attention=replace(ODD.attention, qk_norm="head"),
             moe=replace(
                 ODD.moe,
                 first_dense=1,
@@ -196,7 +196,7 @@ def _ours(name: str, mesh: MeshConfig) -> tuple:
     pool = case.ours.num_moe_layers > 1  # one layer: the objective's own balance loss is compared
     with jax.set_mesh(mesh):
         graphdef, params, bias = build(config.model, seed=0)
-        copied = our_params(values(model), config.model)
+        copied = our_params(values(model), config.model, type(model).__name__)
         assert jax.tree.map(np.shape, copied) == jax.tree.map(np.shape, params)
         params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), copied, params)
         objective = partial(obj.objective, graphdef=graphdef, config=config.model)
@@ -238,7 +238,7 @@ def _compare(name: str, mesh: MeshConfig) -> None:
         chosen = scores >= ranked[..., top_k - 1 : top_k]
         np.testing.assert_array_equal(sums.stats.load_E, chosen.sum(1))
         assert_close(sums.routing.z_sum, np.sum(np.log(np.exp(scores).sum(-1)) ** 2, -1), what="router z")
-    jax.tree_util.tree_map_with_path(_same_gradient, grads, our_params(gradients(model), config))
+    jax.tree_util.tree_map_with_path(_same_gradient, grads, our_params(gradients(model), config, type(model).__name__))
 
 
 def _same_gradient(path, actual, expected):

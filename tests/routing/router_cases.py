@@ -45,6 +45,7 @@ CASES = {
     "switch": Case("switch", 1),
     "mixtral": Case("mixtral", weights=1.0),
     "mixtral before": Case("mixtral", 3, {"normalize": "before", "jitter": 0.1}),
+    "mixtral, bias": Case("mixtral", 2, {"bias": True}, 1.0),
     "deepseek": Case("deepseek", weights=1.0),
     "deepseek groups": Case("deepseek", 2, {"num_groups": 2, "top_groups": 1, "scale": 2.5}, 2.5, renames=("groups", 2)),
     "deepseek softmax": Case("deepseek", 2, {"score": "softmax", "normalize": False}),

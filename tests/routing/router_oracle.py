@@ -11,6 +11,7 @@ CASES = {
     "mixtral_before_top1": ("mixtral", 1, {"normalize": "before"}),
     "deepseek": ("deepseek", 2, {}),
     "deepseek_groups": ("deepseek", 3, {"num_groups": 4, "top_groups": 2, "scale": 2.5}),
+    "deepseek_groups_by_best": ("deepseek", 3, {"num_groups": 4, "top_groups": 2, "group_best": 1}),
     "deepseek_groups_of_one": ("deepseek", 2, {"num_groups": 8, "top_groups": 3}),
     "deepseek_softmax": ("deepseek", 2, {"score": "softmax", "normalize": False}),
     "deepseek_top1": ("deepseek", 1, {"normalize": False}),
@@ -52,7 +53,7 @@ def _deepseek(top_k, options, logits, bias):
     biased = affinity + bias
     num_groups, top_groups = options.get("num_groups", 1), options.get("top_groups", 1)
     groups = np.array_split(np.arange(len(logits)), num_groups)
-    group_scores = [sum(sorted(biased[group])[-2:]) for group in groups]
+    group_scores = [sum(sorted(biased[group])[-options.get("group_best", 2) :]) for group in groups]
     allowed = np.concatenate([groups[g] for g in best(group_scores, top_groups)])
     experts = sorted(allowed, key=lambda e: (-biased[e], e))[:top_k]
     weights = affinity[experts]

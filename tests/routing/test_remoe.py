@@ -128,6 +128,7 @@ def test_refusals(options, name):
     make_router(RouterConfig("remoe", 2, {"max_choices": 2}), 3)
 
 
+@pytest.mark.slow
 def test_training_reaches_the_target_sparsity():
     """From half of 8 experts a token (normal W) to about 2, in two layers with one lambda; and the first step moves it by its factor."""
     router = RouterConfig("remoe", 2, {"l1_start": 1e-3, "l1_multiplier": 1.3})

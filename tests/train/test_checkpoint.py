@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
+from moe_jax.train import stored_arrays
 from moe_jax.train.checkpoint import CheckpointError, Checkpoints
 
 SPECS = {
@@ -230,3 +231,22 @@ def test_extra_is_plain_json_on_disk(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": jnp.ones(3)}, {"metrics": {"loss": 2.5}, "data": {"a": [1]}})
     assert json.loads((tmp_path / "1" / "extra" / "metadata").read_text()) == {"metrics": {"loss": 2.5}, "data": {"a": [1]}}
+
+
+def test_a_large_array_is_saved_in_chunks_of_one_layer_and_a_part_can_be_restored(tmp_path, monkeypatch):
+    """What was not asked for is not read; bfloat16 fills float32 there, and only there."""
+    monkeypatch.setattr(stored_arrays, "CHUNK_BYTES", 4 * 5 * 4)
+    w_LDF, half = jnp.arange(60, dtype=jnp.float32).reshape(3, 4, 5), jnp.arange(4, dtype=jnp.bfloat16)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"a": {"w": w_LDF}, "half": half, "small": jnp.ones(3)}, {})
+        arrays = stored_arrays.StoredArrays(checkpoints.path(1))
+        assert arrays["a/w"].chunk_layout.read_chunk.shape == (1, 4, 5)
+        assert arrays["small"].chunk_layout.read_chunk.shape == (3,)
+        np.testing.assert_array_equal(arrays["a/w"][1].read().result(), w_LDF[1])
+        wanted = {"a": {"w": w_LDF}, "half": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=half.sharding)}
+        part, _ = checkpoints.restore(1, wanted, part=True)
+        assert part["half"].dtype == jnp.float32
+        np.testing.assert_array_equal(part["half"], np.arange(4))
+        np.testing.assert_array_equal(part["a"]["w"], w_LDF)
+        with pytest.raises(CheckpointError, match="half is bfloat16"):
+            checkpoints.restore(1, {**wanted, "small": jnp.ones(3)})

@@ -30,6 +30,7 @@ CORNERS = [  # every mesh, both accumulations, both remats, each router on each 
     dict(mesh="fsdp 2 expert 2 tensor 2", accumulation=4, remat="full"),
     dict(mesh="one device", accumulation=4, remat="none"),
 ]
+REST = [layout for layout in LAYOUTS if layout not in CORNERS and layout != REFERENCE]
 
 
 def measure(config):
@@ -70,11 +71,16 @@ def test_corner_layouts(router, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", [x for x in LAYOUTS if x not in CORNERS and x != REFERENCE], ids=lambda x: "-".join(map(str, x.values()))
-)
-@pytest.mark.parametrize("router", tiny.ROUTERS)
-def test_every_layout(router, layout):
+@pytest.mark.parametrize("layout", REST, ids=lambda x: "-".join(map(str, x.values())))
+def test_every_layout(layout):
+    """The whole product for the router with a state and groups; of the others what follows."""
+    compare("deepseek", layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [x for x in REST if (x["accumulation"], x["remat"]) in ((4, "none"), (1, "full"))], ids=str)
+@pytest.mark.parametrize("router", ["mixtral", "switch"])
+def test_every_mesh(router, layout):
     compare(router, layout)
 
 
@@ -91,7 +97,11 @@ def test_every_layout(router, layout):
             marks=pytest.mark.slow,
         ),
         ("expert_outer 2 expert 4", dict(exchange_chunks=2, exchange_factor=1.25, exchange_overflow="exact")),
-        ("expert_outer 2 expert 2 tensor 2", dict(exchange="ragged", exchange_factor=1.0, exchange_overflow="exact")),
+        pytest.param(
+            "expert_outer 2 expert 2 tensor 2",
+            dict(exchange="ragged", exchange_factor=1.0, exchange_overflow="exact"),
+            marks=pytest.mark.slow,
+        ),
         ("one device", dict(dispatch="einsum", capacity_factor=100.0)),
         pytest.param("one device", dict(grouped_matmul="reference"), marks=pytest.mark.slow),
     ],
@@ -106,7 +116,7 @@ def test_layers_in_a_loop_or_unrolled(remat, unroll):
     compare("switch", REFERENCE | {"mesh": "data 2 expert 4", "remat": remat}, model=dict(scan_unroll=unroll))
 
 
-@pytest.mark.parametrize("scope", ["sequence", "microbatch"])
+@pytest.mark.parametrize("scope", [pytest.param("sequence", marks=pytest.mark.slow), "microbatch"])
 def test_other_balance_scopes(scope):
     moe = dict(balance_loss_scope=scope)
     compare("deepseek", REFERENCE | {"mesh": "data 2 expert 4"}, moe, **moe)

@@ -6,8 +6,8 @@ import subprocess
 import jax
 
 import moe_jax
-from moe_jax.config import Config, to_dict
-from moe_jax.train.run_info import git_commit, write_run_info
+from moe_jax.config import Config, from_dict, to_dict
+from moe_jax.train.run_info import git_commit, read_config_tree, write_run_info
 
 
 def git(folder, *arguments):
@@ -42,3 +42,18 @@ def test_the_commit_and_whether_tracked_files_changed(tmp_path):
     assert clean["dirty"] is False
     (tmp_path / "a").write_text("2")
     assert git_commit(tmp_path) == clean | {"dirty": True}
+
+
+def test_the_config_of_an_older_run_is_read_in_todays_fields(tmp_path):
+    """Of before `attention.rope` was a group and `qk_norm` had three values."""
+    tree = to_dict(Config())
+    del tree["model"]["attention"]["rope"]
+    tree["model"]["attention"] |= {"rope_theta": 500.0, "qk_norm": True}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    attention = from_dict(read_config_tree(tmp_path)).model.attention
+    assert (attention.rope.theta, attention.qk_norm) == (500.0, "head")
+    tree["model"]["attention"]["qk_norm"] = False
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert from_dict(read_config_tree(tmp_path)).model.attention.qk_norm == "none"
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
+    assert from_dict(read_config_tree(tmp_path)) == Config()
