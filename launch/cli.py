@@ -15,14 +15,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
-from moe_jax.data.documents import DataError
-from moe_jax.train.checkpoint import CheckpointError
-from moe_jax.train.loop import TrainingError
-from moe_jax.train.routing_log import RecordError
+from moe_jax.validation import RefusalError
 
 flags.disclaim_key_flags()  # a flag defined here belongs to the program that asked for it
-
-REFUSALS = (ConfigError, DataError, CheckpointError, TrainingError, RecordError)
 
 
 def run(main: Callable[..., None], argument: str | None = None) -> None:
@@ -42,7 +37,7 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
         _overlap_on_tpus()
         try:
             main(*argv[1:])
-        except REFUSALS as refusal:
+        except RefusalError as refusal:
             if absl.logging.get_verbosity() > 0:
                 raise
             _refuse(str(refusal))
