@@ -1,6 +1,7 @@
 """Continues text with a trained model: `python -m launch.sample --workdir=runs/quickstart --prompt="def main("`.
 
-Several --prompt flags are continued together. The whole prefix is recomputed for every token.
+--workdir=hf:FOLDER takes a Hugging Face checkpoint. Several --prompt flags are continued together. The whole prefix is recomputed for
+every token.
 """
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 from absl import flags
 
 from launch import cli
+from moe_jax.convert.initial import restore
 from moe_jax.models.decode import check_sampling, make_next_token, sample
-from moe_jax.train import run
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of launch.train.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of launch.train, or hf:FOLDER.", required=True)
 STEP = flags.DEFINE_string("step", "best", "Checkpoint: latest, best or a step.")
 MESH = flags.DEFINE_string("mesh", "", "Mesh other than the run's, e.g. data=1,expert=1,emulate=0.")
 PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; may be given several times.")
@@ -24,7 +25,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 
 def main():
     check_sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
-    model = run.restore(WORKDIR.value, STEP.value, cli.parse_mesh(MESH.value))
+    model = restore(WORKDIR.value, STEP.value, cli.parse_mesh(MESH.value))
     tokenizer = model.tokenizer
     prompts = [np.concatenate([[tokenizer.eot], tokenizer.encode(text)]).astype(np.int32) for text in PROMPT.value]
     with jax.set_mesh(model.mesh):
