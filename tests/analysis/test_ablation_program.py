@@ -65,6 +65,7 @@ def runs_of(done):
     return {head: "before" if rest.startswith("finished before,") else "now" for head, rest in lines}
 
 
+@pytest.mark.slow
 def test_every_run_is_made(ablated):
     folder, first, _ = ablated
     assert first.returncode == 0, first.stderr
@@ -78,12 +79,14 @@ def test_every_run_is_made(ablated):
         assert not (run / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(ablated):
     folder, *_ = ablated
     assert "continuing from step 2" in (folder / "all" / "dense" / "seed_0.log").read_text()
     assert "continuing" not in (folder / "all" / "moe" / "seed_0.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_second_start_trains_nothing_and_says_the_same(ablated):
     _, first, second = ablated
     assert second.returncode == 0, second.stderr
@@ -91,6 +94,7 @@ def test_the_second_start_trains_nothing_and_says_the_same(ablated):
     assert second.stdout[second.stdout.index("# Ablation") :] == first.stdout[first.stdout.index("# Ablation") :]
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_same_folder_is_refused(ablated):
     folder, *_ = ablated
     before = sorted(path for path in (folder / "all").rglob("*"))

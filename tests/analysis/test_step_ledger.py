@@ -62,7 +62,11 @@ def step_table(compiled, traced, num_layers):
     return layer, dict(count([entry for entry in compiled if num_layers not in entry.loops]))
 
 
-@pytest.mark.parametrize(("mesh_name", "remat"), STEP, ids=str)
+@pytest.mark.parametrize(
+    ("mesh_name", "remat"),
+    [case if case[0].startswith("fsdp") else pytest.param(*case, marks=pytest.mark.slow) for case in STEP],
+    ids=str,
+)
 def test_a_train_step_has_these_collectives_and_no_others(mesh_name, remat):
     table = step_table(*step_ledgers(mesh_name, remat), num_layers=2)
     assert table == STEP[mesh_name, remat], f"the step now has {table}"

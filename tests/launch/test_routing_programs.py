@@ -29,6 +29,7 @@ def figures(folder):
     return json.loads((folder / "run" / "evaluation-8.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_one_device_follows_the_choices_of_eight(folder):
     expected = figures(folder)
     done = evaluated(folder, "--mesh=data=1,emulate=1", "--replay={}/eight.rec", "--replay_weights", "--record={}/one.rec")
@@ -42,6 +43,7 @@ def test_an_evaluation_on_one_device_follows_the_choices_of_eight(folder):
     assert one.read("eval/code/0").weight_BSLM.tobytes() == eight.read("eval/code/0").weight_BSLM.tobytes()
 
 
+@pytest.mark.slow
 def test_compare_routing_prints_a_table_and_writes_it(folder):
     paths = [str(folder / "eight.rec")] * 2
     done = tiny_run.program("compare_routing", *paths, f"--out={folder / 'compared.json'}")

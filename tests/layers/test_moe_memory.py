@@ -23,7 +23,7 @@ CAPACITY_FACTOR = 1.25
 
 SLOW = pytest.mark.slow
 PATHS = [
-    pytest.param(1, {}, id="one device"),
+    pytest.param(1, {}, id="one device", marks=SLOW),
     pytest.param(8, {"exchange": "all_to_all", "exchange_factor": 2.0}, id="all_to_all with a factor"),
     pytest.param(8, {"exchange": "all_to_all"}, id="all_to_all", marks=SLOW),
     pytest.param(8, {"exchange": "ragged", "exchange_factor": 2.0}, id="ragged with a factor", marks=SLOW),

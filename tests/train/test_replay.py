@@ -145,6 +145,7 @@ def router_of(params):
     return w
 
 
+@pytest.mark.slow
 def test_the_router_learns_through_choices_that_are_not_its_own():
     learn = learner()
     choice, weight = learn(learn.model(0))[2].values()

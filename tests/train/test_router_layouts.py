@@ -33,7 +33,7 @@ LEARN_NOTHING = {
     "random": RouterConfig("random", 2),
     "round_robin": RouterConfig("round_robin", 2),
 }
-FAST = ("noisy_top_k", "expert_choice, position")
+FAST = ("expert_choice, position",)
 
 
 @pytest.fixture(autouse=True)
