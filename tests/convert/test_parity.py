@@ -24,7 +24,7 @@ from moe_jax.models.transformer import build
 from moe_jax.ops.cross_entropy import cross_entropy
 from moe_jax.routing.losses import balance_loss
 
-ONE, EIGHT = MeshConfig(data=1), MeshConfig(data=1, expert=4, tensor=2)
+MESHES = {"one": MeshConfig(data=1), "eight": MeshConfig(data=1, expert=4, tensor=2)}
 SEEDS = [(name, seed) for name in hf_models.CASES for seed in (0, 1)]
 pytestmark = pytest.mark.slow  # torch is an extra that this tier installs
 
@@ -36,7 +36,7 @@ def _loaded(name, seed):
     return replace(model, remat="none", scan_unroll=1), params, router_state
 
 
-def _on_mesh(name, seed, mesh_config):
+def _on_mesh(name, seed):
     """(graphdef, params, router state, batch) on the ambient mesh, which is set."""
     model, *arrays = _loaded(name, seed)
     graphdef, *fresh = build(model, seed=0)
@@ -57,11 +57,13 @@ def _forward(graphdef, params, router_state, rows):
     return model(rows["tokens"], rows["segment_ids"], rows["positions"], record=True)
 
 
-@pytest.mark.parametrize(("name", "seed"), SEEDS)
-def test_same_numbers(name, seed):
+@pytest.mark.parametrize(
+    ("name", "seed", "mesh"), [*((*case, "one") for case in SEEDS), *((name, 0, "eight") for name in hf_models.CASES)]
+)
+def test_same_numbers(name, seed, mesh):
     theirs, valid = hf_models.theirs(name, seed), hf_models.batch()["segment_ids"] > 0
-    with jax.set_mesh(_mesh(name, seed, ONE)):
-        graphdef, params, router_state, rows = _on_mesh(name, seed, ONE)
+    with jax.set_mesh(_mesh(name, seed, MESHES[mesh])):
+        graphdef, params, router_state, rows = _on_mesh(name, seed)
 
         @jax.jit
         @functools.partial(jax.value_and_grad, has_aux=True)
@@ -81,7 +83,7 @@ def test_same_numbers(name, seed):
     _same_choices({} if aux is None else aux.per_token, theirs.choices, valid)
     plan = Plan(_loaded(name, seed)[0], FAMILIES[type(theirs.model).__name__])
     expected = plan.read_all(_with_state(theirs))[0]
-    jax.tree_util.tree_map_with_path(_same_gradient, grads, expected)
+    jax.tree_util.tree_map_with_path(functools.partial(_same_gradient, mesh), grads, expected)
 
 
 def _pooled(sums, top_k):
@@ -102,20 +104,13 @@ def _same_choices(per_token, choices, valid):
         np.testing.assert_array_equal(np.sort(mine[valid]), np.sort(their[valid]))
 
 
-def _same_gradient(path, actual, expected):
+def _same_gradient(mesh, path, actual, expected):
     name = jax.tree_util.keystr(path)
     assert np.abs(expected).max() > 1e-6, f"{name} is not exercised"
-    assert_close(actual, expected, what=name)
-
-
-@pytest.mark.parametrize("name", hf_models.CASES)
-def test_same_logits_on_eight_devices(name):
-    theirs, valid = hf_models.theirs(name), hf_models.batch()["segment_ids"] > 0
-    with jax.set_mesh(_mesh(name, 0, EIGHT)):
-        graphdef, params, router_state, rows = _on_mesh(name, 0, EIGHT)
-        logits, aux = jax.device_get(jax.jit(functools.partial(_forward, graphdef))(params, router_state, rows))
-    assert_close(logits[valid], theirs.logits[valid], what="logits")
-    _same_choices({} if aux is None else aux.per_token, theirs.choices, valid)
+    if mesh == "one":
+        assert_close(actual, expected, what=name)
+    else:  # torch's sums on one device and partial sums of eight: single entries were 1.07e-5 of the RMS apart
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-5 * np.sqrt(np.mean(np.square(expected))), err_msg=name)
 
 
 @pytest.mark.parametrize(("name", "seed"), SEEDS)
