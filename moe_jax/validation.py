@@ -10,6 +10,13 @@ class RefusalError(ValueError):
     """What was asked for cannot be had; the message is one sentence, and a program says it in place of a traceback."""
 
 
+class CheckpointError(RefusalError):
+    """A checkpoint, ours or another's, that is not there, does not fit, cannot be read or would be written over.
+
+    The message names the folder, file, field or tensor, what is wrong, and the fix.
+    """
+
+
 class ConfigError(RefusalError):
     """A configuration that cannot be run; the message names the field, its value and the fix."""
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from moe_jax.config import ModelConfig, RouterConfig
-from moe_jax.convert.safetensors_files import CheckpointError
 from moe_jax.routing import default_options
+from moe_jax.validation import CheckpointError
 
 REQUIRED: Any = object()
 

@@ -15,8 +15,8 @@ from moe_jax.convert.families import FAMILIES, LIST
 from moe_jax.convert.family import Family
 from moe_jax.convert.fields import nested
 from moe_jax.convert.rope_fields import magnitude
-from moe_jax.convert.safetensors_files import CheckpointError
 from moe_jax.routing import default_options, language_router
+from moe_jax.validation import CheckpointError
 
 # Fields of ours that are not the function a model computes, but how it is computed or trained; a conversion may change them.
 FREE = {

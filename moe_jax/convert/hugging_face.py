@@ -22,12 +22,12 @@ from moe_jax.convert.plan import PARAMS, ROUTER_STATE, Leaf, Plan
 from moe_jax.convert.quantised import dequantised
 from moe_jax.convert.safetensors_files import (
     SHARD_BYTES,
-    CheckpointError,
     TensorFiles,
     read_json,
     write_json,
     write_shards,
 )
+from moe_jax.validation import CheckpointError
 
 CONFIG = "config.json"
 # What else of an original checkpoint belongs to a copy of it.

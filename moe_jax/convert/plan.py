@@ -12,8 +12,8 @@ from flax import nnx
 from moe_jax.config import ModelConfig
 from moe_jax.convert.family import Family, Row
 from moe_jax.convert.layout import Layout
-from moe_jax.convert.safetensors_files import CheckpointError
 from moe_jax.models.transformer import abstract
+from moe_jax.validation import CheckpointError
 
 PARAMS, ROUTER_STATE = "params", "router_state"
 FLOATS = tuple(np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.convert.fields import Ours, Theirs, refuse
-from moe_jax.convert.safetensors_files import CheckpointError
+from moe_jax.validation import CheckpointError
 
 FIELD, METHODS = "quantization_config", ("fp8", "mxfp4")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from moe_jax.validation import RefusalError
+from moe_jax.validation import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 2**30
@@ -31,10 +31,6 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(bool),
 }
-
-
-class CheckpointError(RefusalError):
-    """A checkpoint that cannot be read or written; the message names the file, field or tensor, what is wrong, and the fix."""
 
 
 class StoredTensor:

@@ -21,7 +21,7 @@ from moe_jax.config import Config, to_dict
 from moe_jax.convert.hugging_face import CONFIG, Checkpoint, Export, open_checkpoint
 from moe_jax.convert.initial import PREFIX, complete
 from moe_jax.convert.plan import PARAMS, Leaf
-from moe_jax.convert.safetensors_files import SHARD_BYTES, CheckpointError, read_json, write_json
+from moe_jax.convert.safetensors_files import SHARD_BYTES, read_json, write_json
 from moe_jax.data.corpus import save_tokenizer
 from moe_jax.data.tokenizers import load, load_pretrained, save_pretrained
 from moe_jax.mesh import make_mesh
@@ -31,6 +31,7 @@ from moe_jax.train.files import write_atomic
 from moe_jax.train.paths import leaf_names
 from moe_jax.train.run_info import write_run_info
 from moe_jax.train.stored_arrays import ArrayWriter, StoredArrays, chunk_shape
+from moe_jax.validation import CheckpointError
 
 WORK, PLAN, FINISHED = "conversion", "of.json", "finished"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

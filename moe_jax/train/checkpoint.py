@@ -23,16 +23,12 @@ from orbax.checkpoint import checkpoint_managers
 
 from moe_jax.train import stored_arrays
 from moe_jax.train.paths import leaf_names
-from moe_jax.validation import RefusalError
+from moe_jax.validation import CheckpointError
 
 _LOG = logging.getLogger(__name__)
 _WRITTEN_LAST = "_CHECKPOINT_METADATA"  # by Orbax, with the time of the commit
 _NAMES = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
 _NEEDED = ("state/_METADATA", "state/manifest.ocdbt", "extra/metadata")
-
-
-class CheckpointError(RefusalError):
-    """A checkpoint that is not there, does not fit, or would be written over; the message names the folder."""
 
 
 class Checkpoints:

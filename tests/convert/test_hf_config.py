@@ -22,7 +22,7 @@ from moe_jax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig,
 from moe_jax.convert.families import FAMILIES
 from moe_jax.convert.hf_config import differences, family_of, find_family, from_hf, to_hf
 from moe_jax.convert.layer_fields import expert_layers
-from moe_jax.convert.safetensors_files import CheckpointError
+from moe_jax.validation import CheckpointError
 
 ROOT = pathlib.Path(__file__).parents[2]
 

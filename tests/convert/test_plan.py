@@ -11,8 +11,9 @@ from tiny_checkpoints import TINY, random_arrays, written
 
 from moe_jax.convert.hf_config import from_hf
 from moe_jax.convert.hugging_face import Export, load_params, open_checkpoint, save_hf
-from moe_jax.convert.safetensors_files import CheckpointError, TensorFiles, read_json, write_json, write_shards
+from moe_jax.convert.safetensors_files import TensorFiles, read_json, write_json, write_shards
 from moe_jax.models.transformer import build
+from moe_jax.validation import CheckpointError
 
 
 def _same(actual, expected):

@@ -8,7 +8,8 @@ from tiny_checkpoints import TINY, written
 
 from moe_jax.convert.hugging_face import load_params, save_hf
 from moe_jax.convert.quantised import dequantised
-from moe_jax.convert.safetensors_files import CheckpointError, TensorFiles, read_json, write_json, write_shards
+from moe_jax.convert.safetensors_files import TensorFiles, read_json, write_json, write_shards
+from moe_jax.validation import CheckpointError
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [2, 3]}}
 MXFP4 = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}

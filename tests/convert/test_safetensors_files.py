@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moe_jax.convert.safetensors_files import CheckpointError, TensorFiles, read_json, write_shards
+from moe_jax.convert.safetensors_files import TensorFiles, read_json, write_shards
+from moe_jax.validation import CheckpointError
 
 BF16 = ml_dtypes.bfloat16
 

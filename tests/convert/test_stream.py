@@ -12,10 +12,10 @@ from moe_jax.convert import stream
 from moe_jax.convert.hf_config import differences
 from moe_jax.convert.hugging_face import load_params
 from moe_jax.convert.plan import Plan
-from moe_jax.convert.safetensors_files import CheckpointError
 from moe_jax.data.documents import DataError
 from moe_jax.train import run
 from moe_jax.train.stored_arrays import ArrayWriter, StoredArrays, chunk_shape
+from moe_jax.validation import CheckpointError
 
 MESH = MeshConfig(data=2, expert=4)
 OTHER = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
 from moe_jax.train import stored_arrays
-from moe_jax.train.checkpoint import CheckpointError, Checkpoints
+from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.validation import CheckpointError
 
 SPECS = {
     "embed": {"table_VD": P("tensor", "fsdp")},

@@ -10,8 +10,8 @@ import tiny_run
 from moe_jax.config import ConfigError
 from moe_jax.data.documents import DataError
 from moe_jax.train import loop
-from moe_jax.train.checkpoint import CheckpointError
 from moe_jax.train.loop import TrainingError
+from moe_jax.validation import CheckpointError
 
 
 class PowerCutError(Exception):
