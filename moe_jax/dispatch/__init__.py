@@ -9,6 +9,7 @@ from moe_jax.dispatch.capacity import CapacityDispatch, Group
 from moe_jax.dispatch.contract import Dispatch
 from moe_jax.dispatch.dropless import DroplessDispatch
 from moe_jax.dispatch.einsum import EinsumDispatch
+from moe_jax.dispatch.touched import TouchedDispatch
 
 __all__ = ["DISPATCHES", "Group", "make_dispatch"]
 
@@ -17,6 +18,7 @@ DISPATCHES: dict[str, Callable[[MoEConfig, Group | None, DTypeLike | None, int |
     "capacity": lambda moe, group, dtype, rows: CapacityDispatch(moe.capacity_factor, moe.capacity_priority, group, dtype),
     "einsum": lambda moe, group, dtype, rows: EinsumDispatch(group.num_tokens if group else None, dtype),
 }
+FOR_INFERENCE = {"touched": lambda moe, group, dtype, rows: TouchedDispatch(dtype)}  # no gradient: no config says it
 
 
 def make_dispatch(
@@ -24,11 +26,12 @@ def make_dispatch(
 ) -> Dispatch:
     """The dispatch that `moe.dispatch` names.
 
-    "dropless" and "einsum" (the oracle, for small inputs) drop nothing; "capacity" drops what does not fit.
+    "dropless" and "einsum" (the oracle, for small inputs) drop nothing; "capacity" drops what does not fit. "touched" is for
+    decoding (`models/decoder.py`).
 
     Args:
       group: who shares the experts' buffers, when the call sees only a part of it (the receiver of an exchange).
       out_dtype: dtype of y; None for x's.
       rows: most rows that "dropless" computes; None for one an assignment. The others have bounds of their own.
     """
-    return DISPATCHES[moe.dispatch](moe, group, out_dtype, rows)
+    return (DISPATCHES | FOR_INFERENCE)[moe.dispatch](moe, group, out_dtype, rows)

@@ -9,9 +9,11 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import AttentionConfig, ModelConfig
 from moe_jax.layers.basic import RMSNorm, constant_param, gathered, normal_param, project, tensor_spec
-from moe_jax.mesh import batch_spec
+from moe_jax.mesh import BATCH_AXES, batch_spec
 from moe_jax.ops.attention import attention
+from moe_jax.ops.cached_attention import attend_to_stored
 from moe_jax.ops.rope import apply_rope
+from moe_jax.ops.stored_vectors import StoredVectors, append
 
 
 class Attention(nnx.Module):
@@ -55,6 +57,49 @@ class Attention(nnx.Module):
           positions_BS: int32, from 0 in each document.
           sees_all: bool scalar, whether this is a layer whose window is not applied (`attention.full_every`); None means it is not.
         """
+        return self.prefill(x_BSD, segment_ids_BS, positions_BS, sees_all)[0]
+
+    def prefill(
+        self, x_BSD: jax.Array, segment_ids_BS: jax.Array, positions_BS: jax.Array, sees_all: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """As `__call__`, and what `decode` wants kept of every token: [B, S, G, N] by the names of `kept_shapes`."""
+        q_BSHN, k_BSGN, v_BSGN = self._heads(x_BSD)
+        y_BSHN, k_BSGN = self._attend(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, sees_all)
+        return self._out(y_BSHN), {"key": k_BSGN, "value": v_BSGN}
+
+    def kept_shapes(self) -> dict[str, tuple[int, int]]:
+        """(heads, width) of what is kept of a token: its key, rotated, and its value. Heads are split over the tensor axis."""
+        shape = self.config.num_kv_heads, self.config.head_dim
+        return {"key": shape, "value": shape}
+
+    def decode(
+        self, x_B1D: jax.Array, cache: dict[str, StoredVectors], at_B: jax.Array, window: int
+    ) -> tuple[jax.Array, dict[str, StoredVectors]]:
+        """One token of each text: what attention adds to the stream, and the cache with the token in it.
+
+        Args:
+          x_B1D: the normed stream.
+          cache: of this layer, by the names of `kept_shapes`.
+          at_B: int32, the token's position.
+          window: of this layer; 0 for none.
+        """
+        a = self.config
+
+        def body(q_B1HN, k_B1GN, v_B1GN, at_B, sink_H, cache):
+            q_B1HN, k_B1GN = (apply_rope(x, at_B[:, None], a.rope) for x in (q_B1HN, k_B1GN))
+            key, value = append(cache["key"], k_B1GN[:, 0], at_B), append(cache["value"], v_B1GN[:, 0], at_B)
+            settings = {"window": window, "scale": a.scale or a.head_dim**-0.5, "softcap": a.softcap}
+            y_BHN = attend_to_stored([q_B1HN[:, 0]], [key], value, at_B, sink_H, **settings)
+            return y_BHN[:, None], {"key": key, "value": value}
+
+        heads, rows, stored = tensor_spec("tensor", None), batch_spec(1), cache_spec(cache)
+        specs = (heads, heads, heads, rows, P("tensor"), stored)
+        sink_H = self.sink_H[...] if a.sinks else None
+        y_B1HN, cache = jax.shard_map(body, in_specs=specs, out_specs=(heads, stored))(*self._heads(x_B1D), at_B, sink_H, cache)
+        return self._out(y_B1HN), cache
+
+    def _heads(self, x_BSD):
+        """Queries, keys and values, normed and cut to size, not yet rotated."""
         q_BSHN = self._project(x_BSD, self.wq_DHN, "bq_HN")
         k_BSGN = self._project(x_BSD, self.wk_DGN, "bk_GN")
         v_BSGN = self._project(x_BSD, self.wv_DGN, "bv_GN")
@@ -62,27 +107,41 @@ class Attention(nnx.Module):
             q_BSHN, k_BSGN = self.q_norm(q_BSHN), self.k_norm(k_BSGN)
         if size := self.config.qkv_clip:
             q_BSHN, k_BSGN, v_BSGN = (jnp.clip(array, -size, size) for array in (q_BSHN, k_BSGN, v_BSGN))
-        y_BSHN = self._attend(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, sees_all)
-        w_HND = gathered(self.wo_HND, P("tensor", None, None), self.dtype)
-        y_BSD = project("BSHN,HND->BSD", y_BSHN, w_HND, tensor_spec(None))
-        return y_BSD + self.bo_D[...].astype(self.dtype) if self.config.out_bias else y_BSD
+        return q_BSHN, k_BSGN, v_BSGN
 
     def _project(self, x_BSD, w, bias_name):
         y = project("BSD,DHN->BSHN", x_BSD, gathered(w, P(None, "tensor", None), self.dtype))
         return y + getattr(self, bias_name)[...].astype(self.dtype) if self.config.qkv_bias else y
 
+    def _out(self, y_BSHN):
+        w_HND = gathered(self.wo_HND, P("tensor", None, None), self.dtype)
+        y_BSD = project("BSHN,HND->BSD", y_BSHN, w_HND, tensor_spec(None))
+        return y_BSD + self.bo_D[...].astype(self.dtype) if self.config.out_bias else y_BSD
+
     def _attend(self, q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, sees_all):
-        """Every device attends with its own heads over its own sequences: manual, so that fused kernels see plain arrays."""
+        """Every device attends with its own heads over its own sequences: manual, so that fused kernels see plain arrays.
+
+        Returns the rotated keys too.
+        """
 
         def body(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, sink_H, sees_all):
             q_BSHN = apply_rope(q_BSHN, positions_BS, self.config.rope)
             k_BSGN = apply_rope(k_BSGN, positions_BS, self.config.rope)
-            return attend(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, sink_H, sees_all, self.config)
+            return attend(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, sink_H, sees_all, self.config), k_BSGN
 
         heads, rows = tensor_spec("tensor", None), batch_spec(2)
-        island = jax.shard_map(body, in_specs=(heads, heads, heads, rows, rows, P("tensor"), P()), out_specs=heads)
+        island = jax.shard_map(body, in_specs=(heads, heads, heads, rows, rows, P("tensor"), P()), out_specs=(heads, heads))
         sink_H = self.sink_H[...] if self.config.sinks else None
         return island(q_BSHN, k_BSGN, v_BSGN, segment_ids_BS, positions_BS, sink_H, sees_all)
+
+
+def cache_spec(cache: dict[str, StoredVectors]) -> dict[str, StoredVectors]:
+    """Specs of a layer's cache: texts over the batch axes, heads over tensor, where there are more than one for all."""
+
+    def spec(array):
+        return P(BATCH_AXES, "tensor" if array.shape[1] > 1 else None, *(None,) * (array.ndim - 2))
+
+    return jax.tree.map(spec, cache)
 
 
 class AllHeadsRMSNorm(nnx.Module):

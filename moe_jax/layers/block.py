@@ -12,6 +12,7 @@ from moe_jax.layers.basic import make_norm, scaled
 from moe_jax.layers.latent_attention import make_attention
 from moe_jax.layers.mlp import MLP
 from moe_jax.layers.moe import MoE, MoEAux
+from moe_jax.ops.stored_vectors import StoredVectors
 
 
 class Block(nnx.Module):
@@ -54,7 +55,39 @@ class Block(nnx.Module):
           **for_moe: arguments of `MoE.__call__`.
         """
         y_BSD = self.attention(self.attention_norm(x_BSD), segment_ids_BS, positions_BS, sees_all)
+        return self._add(x_BSD, y_BSD, segment_ids_BS > 0, for_moe)
+
+    def prefill(
+        self,
+        x_BSD: jax.Array,
+        segment_ids_BS: jax.Array,
+        positions_BS: jax.Array,
+        sees_all: jax.Array | None = None,
+        **for_moe: Any,
+    ) -> tuple[jax.Array, MoEAux | None, dict[str, jax.Array]]:
+        """As `__call__`, and what attention keeps of each token (`Attention.prefill`)."""
+        y_BSD, kept = self.attention.prefill(self.attention_norm(x_BSD), segment_ids_BS, positions_BS, sees_all)
+        return *self._add(x_BSD, y_BSD, segment_ids_BS > 0, for_moe), kept
+
+    def decode(
+        self, x_B1D: jax.Array, cache: dict[str, StoredVectors], at_B: jax.Array, live_B: jax.Array, window: int, **for_moe: Any
+    ) -> tuple[jax.Array, MoEAux | None, dict[str, StoredVectors]]:
+        """One token of each text: (x, aux, cache).
+
+        Args:
+          x_B1D: the residual stream.
+          cache: of this layer's attention.
+          at_B: int32, the token's position.
+          live_B: bool; what is not live gets no expert.
+          window: of this layer; 0 for none.
+          **for_moe: arguments of `MoE.__call__`.
+        """
+        y_B1D, cache = self.attention.decode(self.attention_norm(x_B1D), cache, at_B, window)
+        return *self._add(x_B1D, y_B1D, live_B[:, None], for_moe), cache
+
+    def _add(self, x_BSD, y_BSD, mask_BS, for_moe):
+        """(x, aux) from the stream and what attention adds to it."""
         x_BSD = x_BSD + scaled(self.attention_post_norm(y_BSD) if self.has_post_norms else y_BSD, self.residual_scale)
         h_BSD = self.ffn_norm(x_BSD)
-        y_BSD, aux = self.moe(h_BSD, segment_ids_BS > 0, **for_moe) if self.is_moe else (self.mlp(h_BSD), None)
+        y_BSD, aux = self.moe(h_BSD, mask_BS, **for_moe) if self.is_moe else (self.mlp(h_BSD), None)
         return x_BSD + scaled(self.ffn_post_norm(y_BSD) if self.has_post_norms else y_BSD, self.residual_scale), aux

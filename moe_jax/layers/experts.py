@@ -44,6 +44,10 @@ class Experts(nnx.Module):
         names = ("w_gate_EDF", "w_up_EDF", "w_down_EFD", "b_gate_EF", "b_up_EF", "b_down_ED")
         return {name: getattr(self, name)[...].astype(dtype) for name in names if hasattr(self, name)}
 
+    def make_fn(self, weights: Mapping[str, jax.Array], **settings) -> ExpertFn:
+        """`make_expert_fn`."""
+        return make_expert_fn(weights, **settings)
+
 
 def make_expert_fn(
     weights: Mapping[str, jax.Array], activation: str, backend: str, *, limit: float = 7.0, tensor: str | None = None

@@ -13,7 +13,7 @@ from moe_jax.config import Config, ConfigError, ModelConfig, MoEConfig
 from moe_jax.dispatch.contract import Stats
 from moe_jax.exchange.expert_parallel import moe_island
 from moe_jax.layers.basic import constant_param, normal_param, placed
-from moe_jax.layers.experts import Experts, make_expert_fn
+from moe_jax.layers.experts import Experts
 from moe_jax.layers.mlp import MLP
 from moe_jax.mesh import OUR_AXES, Axes, lay_out
 from moe_jax.routing import losses, make_router
@@ -190,7 +190,7 @@ class MoE(nnx.Module):
             noise_key if self.router.uses_noise else None,
             router=self.router,
             moe=self.config,
-            make_expert_fn=partial(make_expert_fn, activation=self.activation, **settings),
+            make_expert_fn=partial(self.experts.make_fn, activation=self.activation, **settings),
             axes=self.axes,
             beside_BSD=self._shared(x_BSD),
             training=noise_key is not None,

@@ -192,8 +192,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """Logits [B, S, V] in the compute dtype of what `hidden` returns; the cap's arithmetic is float32."""
-        logits_BSV, cap = scaled(self.head(x_BSD, self.embed), self.config.logit_scale), self.config.logit_softcap
-        return (cap * jnp.tanh(logits_BSV.astype(jnp.float32) / cap)).astype(logits_BSV.dtype) if cap else logits_BSV
+        return capped(scaled(self.head(x_BSD, self.embed), self.config.logit_scale), self.config.logit_softcap)
 
     def _sees_all(self, first, *shape):
         """bool of the layers from `first` on, in `shape`: which of them have no window; None where all layers are alike."""
@@ -216,6 +215,11 @@ class Transformer(nnx.Module):
         everything = self.config.scan_unroll == 0 and target_platform() == "cpu"
         unroll = length if everything else min(self.config.scan_unroll or 1, length)
         return jax.lax.scan(body, x_BSD, (state, of_layers), unroll=unroll)
+
+
+def capped(logits_BSV: jax.Array, cap: float) -> jax.Array:
+    """cap tanh(logits / cap), computed in float32; as they are where cap is 0."""
+    return (cap * jnp.tanh(logits_BSV.astype(jnp.float32) / cap)).astype(logits_BSV.dtype) if cap else logits_BSV
 
 
 def _split(*arrays_BS):

@@ -153,6 +153,7 @@ class Router:
       top_k: K, experts a token (on average, for families that say so).
       causal: in evaluation a token's routing depends on no later token; a language model refuses a router of which that is not true.
       causal_in_training: the same of a training step.
+      by_token: in evaluation a token's routing depends on nothing but the token, so that it can be decoded: no other token, no other text.
       has_loss: `loss` is not always 0.
       has_reward_loss: `reward_loss` is to be called.
     """
@@ -162,6 +163,7 @@ class Router:
 
     causal: ClassVar[bool] = True
     causal_in_training: ClassVar[bool] = True
+    by_token: ClassVar[bool] = True
     has_loss: ClassVar[bool] = False
     has_reward_loss: ClassVar[bool] = False
 

@@ -37,6 +37,8 @@ class ExpertChoice(Router):
         super().__post_init__()
         check_choice("model.moe.router.expert_choice.group", self.group, GROUPS)
 
+    by_token = False
+
     @property
     def causal(self) -> bool:
         return self.group == "position"

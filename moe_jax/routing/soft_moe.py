@@ -30,6 +30,7 @@ class SoftMoE(Router):
 
     causal = False
     causal_in_training = False
+    by_token = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -19,8 +19,9 @@ from moe_jax.config import Config, ConfigError, to_dict
 from moe_jax.convert import initial
 from moe_jax.data.corpus import Corpus, load_corpus, save_tokenizer
 from moe_jax.data.pipeline import train_iterator
-from moe_jax.mesh import emulate_devices, make_mesh, shard_batch
-from moe_jax.models.decode import make_next_token, sample
+from moe_jax.mesh import data_shards, emulate_devices, make_mesh, shard_batch
+from moe_jax.models.generator import Generator, continue_texts
+from moe_jax.models.sampling import Sampling
 from moe_jax.sizes import with_vocabulary
 from moe_jax.train import run
 from moe_jax.train.checkpoint import Checkpoints
@@ -283,8 +284,14 @@ def _sample(shared, state):
     config, tokenizer = shared.config, shared.corpus.tokenizer
     if not config.train.sample_tokens:
         return ""
-    next_token = make_next_token(shared.graphdef, tokenizer.vocab_size, temperature=0.7, top_k=0, top_p=0.95)
     prompt = np.concatenate([[tokenizer.eot], tokenizer.encode(config.train.sample_prompt)]).astype(np.int32)
-    arguments = (next_token, state.params, state.router_state, shared.mesh, [prompt], config.train.sample_tokens)
-    (tokens,) = sample(*arguments, window=config.data.seq_len, seed=config.train.seed, stop=tokenizer.eot)
+    sizes = {"rows": data_shards(shared.mesh), "max_length": len(prompt) + config.train.sample_tokens}
+    try:
+        weights = state.params, state.router_state
+        generator = Generator(config.model, *weights, shared.mesh, vocab_size=tokenizer.vocab_size, **sizes)
+    except ConfigError as refusal:
+        print(f"no sample: {refusal}")
+        return ""
+    sampling = Sampling(temperature=0.7, top_p=0.95, seed=config.train.seed)
+    (tokens,) = continue_texts(generator, [prompt], [sampling], config.train.sample_tokens, {tokenizer.eot})
     return config.train.sample_prompt + tokenizer.decode(tokens)
