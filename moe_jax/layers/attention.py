@@ -15,6 +15,8 @@ from moe_jax.ops.cached_attention import attend_to_stored
 from moe_jax.ops.rope import apply_rope
 from moe_jax.ops.stored_vectors import StoredVectors, append
 
+OF_ALL_HEADS = ("latent", "rope")  # what latent attention keeps
+
 
 class Attention(nnx.Module):
     """Causal self-attention within segments; what else there is to it, `configs/base.py` says field by field.
@@ -136,12 +138,12 @@ class Attention(nnx.Module):
 
 
 def cache_spec(cache: dict[str, StoredVectors]) -> dict[str, StoredVectors]:
-    """Specs of a layer's cache: texts over the batch axes, heads over tensor, where there are more than one for all."""
+    """Specs of a layer's cache: texts over the batch axes, heads over tensor; what all heads share is on every device."""
 
-    def spec(array):
-        return P(BATCH_AXES, "tensor" if array.shape[1] > 1 else None, *(None,) * (array.ndim - 2))
+    def spec(name, array):
+        return P(BATCH_AXES, None if name in OF_ALL_HEADS else "tensor", *(None,) * (array.ndim - 2))
 
-    return jax.tree.map(spec, cache)
+    return {name: jax.tree.map(partial(spec, name), stored) for name, stored in cache.items()}
 
 
 class AllHeadsRMSNorm(nnx.Module):

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import ModelConfig
 from moe_jax.mesh import BATCH_AXES, batch_spec, explicit, lay_out, present
+from moe_jax.ops.quantised import Quantised, dequantise, spec_of
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], spec: tuple, std: float) -> nnx.Param:
@@ -40,9 +41,12 @@ def placed(kind: type[nnx.Variable], value: jax.Array, spec: tuple) -> nnx.Varia
 def gathered(param: nnx.Param, spec: P, dtype) -> jax.Array:
     """The parameter in the compute dtype with its fsdp shards gathered: laid out as `spec`, which leaves fsdp out.
 
-    The cast comes first, so bfloat16 travels, not float32. The transpose scatters the gradient back.
+    The cast comes first, so bfloat16 travels, not float32. The transpose scatters the gradient back. Of a quantised
+    weight the integers and scales travel.
     """
-    return lay_out(param[...].astype(dtype), spec)
+    if isinstance(w := param.get_value(), Quantised):
+        return dequantise(jax.tree.map(lay_out, w, spec_of(w, spec)), dtype)
+    return lay_out(w.astype(dtype), spec)
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:

@@ -11,6 +11,7 @@ from moe_jax.layers.basic import constant_param, normal_param
 from moe_jax.layers.mlp import GATED, activate
 from moe_jax.mesh import OUR_AXES, Axes
 from moe_jax.ops.grouped_mlp import grouped_mlp
+from moe_jax.ops.quantised import Quantised, dequantise
 
 
 class Experts(nnx.Module):
@@ -39,10 +40,11 @@ class Experts(nnx.Module):
                 setattr(self, name, constant_param(0.0, (num_experts, d_ff), axes.weight_spec("EF")))
             self.b_down_ED = constant_param(0.0, (num_experts, d_model), axes.weight_spec("ED"))
 
-    def weights(self, dtype) -> dict[str, jax.Array]:
-        """The raw weights by name in the compute dtype, as they cross into the manual island."""
+    def weights(self, dtype) -> dict[str, jax.Array | Quantised]:
+        """The weights by name as they cross into the manual island: in the compute dtype, or as they are quantised."""
         names = ("w_gate_EDF", "w_up_EDF", "w_down_EFD", "b_gate_EF", "b_up_EF", "b_down_ED")
-        return {name: getattr(self, name)[...].astype(dtype) for name in names if hasattr(self, name)}
+        values = {name: getattr(self, name).get_value() for name in names if hasattr(self, name)}
+        return {name: w if isinstance(w, Quantised) else w.astype(dtype) for name, w in values.items()}
 
     def make_fn(self, weights: Mapping[str, jax.Array], **settings) -> ExpertFn:
         """`make_expert_fn`."""
@@ -66,13 +68,14 @@ def make_expert_fn(
       tensor: the mesh axis that splits F inside `shard_map`; None for none.
     """
     inward = ("up", "gate") if activation in GATED else ("up",)
-    w_in, w_down_EFD = [weights[f"w_{name}_EDF"] for name in inward], weights["w_down_EFD"]
+    matrices = [*(weights[f"w_{name}_EDF"] for name in inward), weights["w_down_EFD"]]
     biases = _biases(weights, inward, tensor) if "b_down_ED" in weights else ()
 
     def act(up, gate=None):
         return activate(activation, up, gate, limit)
 
     def expert_fn(x, group_sizes_E=None):
+        *w_in, w_down_EFD = (dequantise(w, x.dtype) if isinstance(w, Quantised) else w for w in matrices)
         if group_sizes_E is not None:
             return grouped_mlp(x, w_in, w_down_EFD, group_sizes_E, act, backend, biases)
         pre = [jnp.einsum("ECD,EDF->ECF", x, w_EDF) for w_EDF in w_in]

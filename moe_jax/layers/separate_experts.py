@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.layers.mlp import activate
 from moe_jax.mesh import EXPERT_AXES, axis_size
+from moe_jax.ops.quantised import Quantised, dequantise
 from moe_jax.ops.separate_experts import grouped_rows, touched_sum
 from moe_jax.ops.varying import varying_axes
 from moe_jax.sizes import GATED
@@ -28,7 +29,8 @@ class SeparateExperts(nnx.Module):
 
     def weights(self, dtype) -> dict[str, jax.Array]:
         """As `Experts.weights`."""
-        return {name: getattr(self, name)[...].astype(dtype) for name in self.names}
+        values = {name: getattr(self, name).get_value() for name in self.names}
+        return {name: w if isinstance(w, Quantised) else w.astype(dtype) for name, w in values.items()}
 
     def make_fn(self, weights: Mapping[str, jax.Array], **settings) -> Callable[..., jax.Array]:
         """`make_separate_fn`."""
@@ -40,12 +42,13 @@ def make_separate_fn(
 ):
     """As `layers.experts.make_expert_fn`, of one device's weights [1, ...]; it takes rows with `group_sizes_E`, or with `weight_TE`."""
     count, gated = sum(name.startswith("w_down") for name in weights), activation in GATED
-    axes = varying_axes(*weights.values())
+    axes = varying_axes(*jax.tree.leaves(dict(weights)))
 
     def network(j):
-        w_in_DF, w_down_FD = weights[f"w_in{j}_EDF"][0], weights[f"w_down{j}_EFD"][0]
+        w_in, w_down = (jax.tree.map(lambda array: array[0], weights[name]) for name in (f"w_in{j}_EDF", f"w_down{j}_EFD"))
 
         def run(x_RD):
+            w_in_DF, w_down_FD = dequantise(w_in, x_RD.dtype), dequantise(w_down, x_RD.dtype)
             pre_RF = jnp.einsum("RD,DF->RF", x_RD, w_in_DF)
             pre_RF = pre_RF + weights[f"b_in{j}_EF"] if f"b_in{j}_EF" in weights else pre_RF
             h_RF = activate(activation, *(jnp.split(pre_RF, 2, axis=1) if gated else (pre_RF, None)), limit)

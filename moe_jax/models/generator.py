@@ -1,24 +1,25 @@
 """Texts from a model, several at once, each at its own place in it: read once (prefill), then a token at a time (decode)."""
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.config import ConfigError, ModelConfig
+from moe_jax.config import ConfigError, MoEConfig
 from moe_jax.mesh import data_shards
-from moe_jax.models.inference_weights import decoder_graph, decoder_weights, inference_config, separates
+from moe_jax.models.inference_weights import InferenceModel, separates
 from moe_jax.models.sampling import Draws, Sampling, draw
+from moe_jax.ops.separate_experts import SMALLEST_BLOCK
 from moe_jax.validation import RefusalError
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 SHORTEST_BUCKET = 16  # tokens; buckets of prompts are this, twice this, ...
+FEW_TOKENS = SMALLEST_BLOCK  # measured: ahead at 8 tokens, level at 16, behind at 24
 PREFILL_TOKENS = 8192  # that go through the model at once when prompts are read or scored, where one text is not longer
 
 
@@ -33,50 +34,44 @@ class Generator:
     """A model on its mesh, with a cache of `rows` texts. Not thread-safe.
 
     Programs are compiled for a bucket of shapes when it is first met: one for decoding, one for each (texts, length) of prompts, both
-    rounded up to powers of two.
+    rounded up: lengths to powers of two, texts to powers of four.
 
     Attributes:
       rows: texts at once; a multiple of the devices that split a batch.
       max_length: tokens a text may have, prompt and answer.
       vocab_size: of the tokenizer; what is drawn is less.
       live: rows with a text.
+      model: what makes them.
       expert_load: int64 [L, E], assignments of each MoE layer's tokens to its experts since the start; [0, 0] for a dense model.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        params: dict,
-        router_state: dict,
-        mesh: jax.sharding.Mesh,
-        *,
-        vocab_size: int,
-        rows: int,
-        max_length: int,
-        cache_dtype: str = "float32",
-    ):
-        """Lays the parameters of a `Transformer` out for inference, beside those that are given; these can go.
+    def __init__(self, model: InferenceModel, *, vocab_size: int, rows: int, max_length: int, cache_dtype: str = "float32"):
+        """Makes an empty cache.
+
+        Args:
+          model: laid out for inference; others may use it too.
+          vocab_size: of the tokenizer.
+          rows: texts at once.
+          max_length: tokens a text may have.
+          cache_dtype: of keys and values; one of `CACHE_DTYPES`.
 
         Raises:
-          ConfigError: an unknown dtype, rows that the mesh does not divide, or a model that cannot be decoded (`inference_config`).
+          ConfigError: an unknown dtype, or rows that the mesh does not divide.
         """
         if cache_dtype not in CACHE_DTYPES:
             raise ConfigError(f"cache_dtype = {cache_dtype!r} is unknown; choose one of {', '.join(CACHE_DTYPES)}.")
-        shards = data_shards(mesh)
+        shards, config = data_shards(model.mesh), model.config
         if rows < 1 or rows % shards:
             raise ConfigError(
-                f"rows = {rows} must be a multiple of {shards}, the devices that split a batch on {dict(mesh.shape)}."
+                f"rows = {rows} must be a multiple of {shards}, the devices that split a batch on {dict(model.mesh.shape)}."
             )
-        self.mesh, self.vocab_size, self.rows, self.max_length = mesh, vocab_size, rows, max_length
-        configs = {dispatch: inference_config(model, dispatch) for dispatch in ("dropless", "touched")}
-        with jax.set_mesh(mesh):
-            self._weights = jax.jit(partial(decoder_weights, model))(params, router_state)
-            self._graphs = {name: decoder_graph(config, self._weights[0]) for name, config in configs.items()}
-            empty = nnx.merge(self._graphs["dropless"], *self._weights)
-            self._cache = jax.jit(lambda: empty.new_cache(rows, max_length, cache_dtype))()
-        self._shards, self._moe = shards, model.moe if model.num_moe_layers else None
+        self.model, self.mesh, self.vocab_size, self.rows, self.max_length = model, model.mesh, vocab_size, rows, max_length
+        with jax.set_mesh(self.mesh):
+            new_cache = model.decoder(model.weights, "dropless").new_cache
+            self._cache = jax.jit(lambda: new_cache(rows, max_length, cache_dtype))()
+        self._shards, self._moe = shards, config.moe if config.num_moe_layers else None
         self.live: set[int] = set()
-        self.expert_load = np.zeros((model.num_moe_layers, model.moe.num_experts if model.num_moe_layers else 0), np.int64)
+        self.expert_load = np.zeros((config.num_moe_layers, config.moe.num_experts if config.num_moe_layers else 0), np.int64)
         self._tokens_B, self._at_B, self._settings = (
             np.zeros(rows, np.int32),
             np.zeros(rows, np.int32),
@@ -115,7 +110,7 @@ class Generator:
             tokens_PS, length_P, row_P = self._batch([prompts[row] for row in members], length, members)
             settings = Draws.of([samplings[row] for row in members] + [Sampling(0.0)] * (len(row_P) - len(members)))
             with jax.set_mesh(self.mesh):
-                *answer, self._cache = self._prefill(self._weights, self._cache, tokens_PS, length_P, row_P, settings)
+                *answer, self._cache = self._prefill(self.model.weights, self._cache, tokens_PS, length_P, row_P, settings)
             token_P, log_prob_P = self._fetch(answer)
             for i, row in enumerate(members):
                 drawn[row] = Drawn(int(token_P[i]), float(log_prob_P[i]))
@@ -135,7 +130,7 @@ class Generator:
             )
         at_B = np.where(live_B, self._at_B, 0).astype(np.int32)
         with jax.set_mesh(self.mesh):
-            *answer, self._cache = self._decode(self._weights, self._cache, self._tokens_B, at_B, live_B, self._settings)
+            *answer, self._cache = self._decode(self.model.weights, self._cache, self._tokens_B, at_B, live_B, self._settings)
         token_B, log_prob_B = self._fetch(answer)
         self._tokens_B = np.where(live_B, token_B, 0).astype(np.int32)
         self._at_B = at_B + live_B
@@ -161,13 +156,26 @@ class Generator:
         for length, members in self._buckets({i: len(text) for i, text in enumerate(texts)}):
             tokens_PS, length_P, _ = self._batch([texts[i] for i in members], length, members)
             with jax.set_mesh(self.mesh):
-                log_prob_PS = jax.device_get(self._score(self._weights, tokens_PS, length_P))
+                log_prob_PS = jax.device_get(self._score(self.model.weights, tokens_PS, length_P))
             scores |= {i: row_S[: len(texts[i]) - 1] for i, row_S in zip(members, log_prob_PS, strict=False)}
         return [scores[i] for i in range(len(texts))]
 
+    def lower_step(self) -> jax.stages.Lowered:
+        """The program of `step`, not compiled: to count what it does."""
+        with jax.set_mesh(self.mesh):
+            live_B = np.ones(self.rows, bool)
+            return self._decode.lower(self.model.weights, self._cache, self._tokens_B, self._at_B, live_B, self._settings)
+
+    def lower_prefill(self, num_texts: int, length: int) -> jax.stages.Lowered:
+        """The program of `admit` for that many texts (a power of four for each of the devices that split a batch) of that bucket."""
+        length_P, tokens_PS = np.full(num_texts, length, np.int32), np.zeros((num_texts, length), np.int32)
+        with jax.set_mesh(self.mesh):
+            settings = Draws.of([Sampling()] * num_texts)
+            return self._prefill.lower(self.model.weights, self._cache, tokens_PS, length_P, length_P, settings)
+
     def _decoder(self, weights, num_tokens):
         """The model for a pass of `num_tokens` tokens on all devices."""
-        return nnx.merge(self._graphs[expert_path(num_tokens // self._shards, self._moe)], *weights)
+        return self.model.decoder(weights, expert_path(num_tokens // self._shards, self._moe))
 
     def _prefill_program(self, weights, cache, tokens_PS, length_P, row_P, settings):
         decoder = self._decoder(weights, tokens_PS.size)
@@ -214,7 +222,7 @@ class Generator:
 
     def _batch(self, texts, length, rows):
         """Texts in a bucket of `length`: tokens [P, S], lengths [P] and rows [P]; the empty ones have length 0 and no row."""
-        num_rows = self._shards * _power_of_two(-(-len(texts) // self._shards))
+        num_rows = self._shards * 4 ** math.ceil(math.log2(-(-len(texts) // self._shards)) / 2)
         tokens_PS, length_P, row_P = (
             np.zeros((num_rows, length), np.int32),
             np.zeros(num_rows, np.int32),
@@ -253,9 +261,13 @@ def continue_texts(
     return [np.asarray(answer, np.int32) for answer in answers]
 
 
-def expert_path(num_tokens: int, moe) -> str:
-    """How experts are run for `num_tokens` tokens a device: "touched" or "dropless" (see `moe_jax.dispatch`)."""
-    return "touched" if moe is not None and separates() and num_tokens * moe.router.top_k <= 4 * moe.num_experts else "dropless"
+def expert_path(num_tokens: int, moe: MoEConfig | None) -> str:
+    """How experts are run for `num_tokens` tokens a device: "touched" or "dropless" (see `moe_jax.dispatch`).
+
+    On a CPU the first up to `FEW_TOKENS`, whatever E and K: each touched expert then multiplies all tokens, and in the other way at least a
+    block of as many rows (docs/inference.md; `python -m launch.bench expert_path`).
+    """
+    return "touched" if moe is not None and separates() and num_tokens <= FEW_TOKENS else "dropless"
 
 
 def _power_of_two(number: int) -> int:

@@ -12,6 +12,7 @@ from jax import lax
 
 from moe_jax.ops.varying import vary_over, varying_axes
 
+SMALLEST_BLOCK = 16  # rows
 Network = Callable[[jax.Array], jax.Array]
 
 
@@ -70,5 +71,5 @@ def grouped_rows(x_AD: jax.Array, group_sizes_E: jax.Array, networks: Sequence[N
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
-    """Rows of a block: half the mean group, so that a quarter of the rows are masked ones on average, between 16 and 256."""
-    return min(num_rows, max(16, min(256, 1 << max(num_rows // num_experts // 2, 1).bit_length() - 1)))
+    """Rows of a block: half the mean group, so that a quarter of the rows are masked ones on average, of `SMALLEST_BLOCK` to 256."""
+    return min(num_rows, max(SMALLEST_BLOCK, min(256, 1 << max(num_rows // num_experts // 2, 1).bit_length() - 1)))

@@ -4,6 +4,8 @@ The token at position p has the slot p modulo the number of slots, so that a rin
 position in a slot follows from how far the text has come (`slot_positions`): nothing need be cleared when a row changes its text.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -41,7 +43,13 @@ def append(stored: StoredVectors, x_BGN: jax.Array, at_B: jax.Array) -> StoredVe
     """Puts the vector of each text's token at `at_B` into its slot."""
     row_B, slot_B = jnp.arange(len(at_B)), at_B % stored.values_BGTN.shape[2]
     new = encode(x_BGN, stored.values_BGTN.dtype)
-    return jax.tree.map(lambda kept, one: kept.at[row_B, :, slot_B].set(one), stored, new)
+    write = partial(_write, row_B, slot_B)
+    return jax.tree.map(write, stored, new)
+
+
+def _write(row_B, slot_B, kept, one):
+    # A place that might be out of bounds is read first and written back by XLA for a single row, and the buffer copied.
+    return kept.at[row_B, :, slot_B].set(one, mode="promise_in_bounds", unique_indices=True)
 
 
 def fill(stored: StoredVectors, x_PGSN: jax.Array, length_P: jax.Array, row_P: jax.Array) -> StoredVectors:

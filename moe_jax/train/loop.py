@@ -21,6 +21,7 @@ from moe_jax.data.corpus import Corpus, load_corpus, save_tokenizer
 from moe_jax.data.pipeline import train_iterator
 from moe_jax.mesh import data_shards, emulate_devices, make_mesh, shard_batch
 from moe_jax.models.generator import Generator, continue_texts
+from moe_jax.models.inference_weights import lay_out_for_inference
 from moe_jax.models.sampling import Sampling
 from moe_jax.sizes import with_vocabulary
 from moe_jax.train import run
@@ -287,8 +288,8 @@ def _sample(shared, state):
     prompt = np.concatenate([[tokenizer.eot], tokenizer.encode(config.train.sample_prompt)]).astype(np.int32)
     sizes = {"rows": data_shards(shared.mesh), "max_length": len(prompt) + config.train.sample_tokens}
     try:
-        weights = state.params, state.router_state
-        generator = Generator(config.model, *weights, shared.mesh, vocab_size=tokenizer.vocab_size, **sizes)
+        laid_out = lay_out_for_inference(config.model, state.params, state.router_state, shared.mesh)
+        generator = Generator(laid_out, vocab_size=tokenizer.vocab_size, **sizes)
     except ConfigError as refusal:
         print(f"no sample: {refusal}")
         return ""

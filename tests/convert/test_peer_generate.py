@@ -11,6 +11,7 @@ from moe_jax.config import Config, MeshConfig
 from moe_jax.convert import initial
 from moe_jax.mesh import make_mesh
 from moe_jax.models.generator import Generator
+from moe_jax.models.inference_weights import lay_out_for_inference
 from moe_jax.models.sampling import Sampling
 
 pytestmark = pytest.mark.slow  # torch is an extra that this tier installs
@@ -48,7 +49,7 @@ def ours(name, mesh_config):
     with jax.set_mesh(mesh):
         weights = initial.load(initial.open_for(config), config, mesh)
     sizes = dict(vocab_size=hf_models.VOCAB, rows=len(LENGTHS), max_length=max(LENGTHS) + NEW_TOKENS)
-    generator, drawn = Generator(config.model, *weights, mesh, **sizes), [[] for _ in LENGTHS]
+    generator, drawn = Generator(lay_out_for_inference(config.model, *weights, mesh), **sizes), [[] for _ in LENGTHS]
 
     def keep(step):
         for row, one in step.items():

@@ -1,9 +1,18 @@
-"""The programs as a user meets them: train, evaluate, sample; one sentence and status 2 where something is wrong."""
+"""The programs as a user meets them: train, evaluate, sample, score; one sentence and status 2 where something is wrong."""
 
 import json
+import re
+import subprocess
 
+import jax
+import numpy as np
 import pytest
 import tiny_run
+from flax import nnx
+
+from moe_jax.config import MeshConfig
+from moe_jax.mesh import data_shards, shard_batch
+from moe_jax.train import run
 
 
 @pytest.fixture(scope="module")
@@ -78,27 +87,88 @@ def test_evaluate_takes_an_earlier_checkpoint_and_other_rows(trained):
 
 
 SAMPLE = ["--prompt=x1 =", "--prompt=the red", "--temperature=0", "--num_tokens=4"]
+LINE = "-" * 80 + "\n"
 
 
-def test_sample_continues_every_prompt(trained):
+def test_sample_continues_every_prompt_and_prints_text_as_it_is_made(trained):
+    """Every step of the generator writes a bar here: the first prompt's characters come between them, the second's wait."""
     folder, _ = trained
-    done = tiny_run.program("sample", f"--workdir={folder / 'run'}", *SAMPLE)
+    noting = """
+import runpy
+from moe_jax.models.generator import Generator
+step = Generator.step
+Generator.step = lambda self: (print("|", end="", flush=True), step(self))[1]
+runpy.run_module("launch.sample", run_name="__main__")
+"""
+    sample = tiny_run.command("sample", f"--workdir={folder / 'run'}", *SAMPLE)
+    sample["args"] = [*sample["args"][:1], "-c", noting, *sample["args"][3:]]
+    done = subprocess.run(**sample, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    first, second, rest = done.stdout.split("-" * 80 + "\n")
-    assert first.startswith("x1 =")
-    assert second.startswith("the red")
+    first, second, rest = done.stdout.split(LINE)
+    assert re.fullmatch(r"x1 =[^|]\|[^|]\|[^|]\|[^|]\n", first), done.stdout
+    assert re.fullmatch(r"the red[^|]{4}\n", second), done.stdout
     assert rest == ""
 
 
 @pytest.mark.slow
-def test_greedy_samples_are_the_same_on_one_device(trained):
+def test_greedy_samples_are_the_same_on_one_device_and_alone(trained):
     folder, _ = trained
-    samples = [
-        tiny_run.program("sample", f"--workdir={folder / 'run'}", *SAMPLE, *mesh).stdout
-        for mesh in ([], ["--mesh=data=1,emulate=1"])
+    arguments = (SAMPLE, [*SAMPLE, "--mesh=data=1,emulate=1"], [*SAMPLE[1:], "--cache_dtype=bfloat16"])
+    both, on_one, alone = (tiny_run.program("sample", f"--workdir={folder / 'run'}", *those).stdout for those in arguments)
+    assert on_one == both != ""
+    assert alone == both.split(LINE)[1] + LINE
+
+
+@pytest.mark.slow
+def test_seeds_and_stops_of_samples(trained):
+    folder, _ = trained
+
+    def answers(*arguments):
+        drawn = ["--prompt=a", "--prompt=a", "--num_tokens=12", "--temperature=0.5", "--top_k=40", "--min_p=0.001"]
+        done = tiny_run.program("sample", f"--workdir={folder / 'run'}", *drawn, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.removesuffix(LINE).split(LINE)
+
+    first, second = answers("--seed=3")
+    assert first != second, "one prompt twice is two draws"
+    assert answers("--seed=2")[1] == first, "prompt i has seed + i"
+    stop = first[5]
+    assert answers("--seed=3", f"--stop={stop}", "--stop=???") == [
+        text[:1] + text[1:].removesuffix("\n").split(stop)[0] + "\n" for text in (first, second)
     ]
-    assert samples[0] == samples[1] != ""
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_model(trained):
+    """Against the model's own forward pass, the text whole and in pieces that begin with the last token of the one before."""
+    folder, _ = trained
+    text, model = "the red tree é", run.restore(str(folder / "run"), "best", MeshConfig(data=1, expert=4, tensor=2))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    tokens = np.array([model.tokenizer.eot, *text.encode()], np.int32)
+
+    @jax.jit
+    def forward(rows):
+        return nnx.merge(model.graphdef, model.params, model.router_state)(rows["tokens"], rows["segments"], rows["positions"])
+
+    def expected(piece):
+        arrays = {"tokens": piece, "segments": np.ones_like(piece), "positions": np.arange(len(piece), dtype=np.int32)}
+        rows = {name: np.tile(array, (data_shards(model.mesh), 1)) for name, array in arrays.items()}
+        logits = np.asarray(forward(shard_batch(model.mesh, rows))[0])[0, :-1, : model.tokenizer.vocab_size]
+        return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(piece) - 1), piece[1:]]
+
+    for window in (0, 6):
+        with jax.set_mesh(model.mesh):
+            pieces = [tokens[i : i + window + 1] for i in range(0, len(tokens) - 1, window)] if window else [tokens]
+            wanted = np.concatenate([expected(piece) for piece in pieces])
+        done = tiny_run.program("score", f"--workdir={folder / 'run'}", f"--file={folder / 'text.txt'}", f"--window={window}")
+        assert done.returncode == 0, done.stderr
+        *lines, last = done.stdout.splitlines()
+        np.testing.assert_allclose([float(line.split()[0]) for line in lines], wanted, atol=1.1e-4)
+        assert lines[0].endswith("  't'")
+        total, bits = wanted.sum(), -wanted.sum() / np.log(2) / len(text.encode())
+        figures = re.search(r": 15 tokens, 15 bytes, log p = (\S+), (\S+) bits per byte, perplexity (\S+)$", last)
+        np.testing.assert_allclose([float(f) for f in figures.groups()], [total, bits, np.exp(-total / 15)], rtol=1e-4)
 
 
 def refused(done, sentence):
@@ -152,6 +222,10 @@ def test_bad_training_is_one_sentence(tmp_path, name):
         ("evaluate", ["--workdir={}/nowhere"], "nowhere' holds no run (no config.json); train one with"),
         pytest.param("sample", ["--workdir={}/nowhere"], "nowhere' holds no run", marks=pytest.mark.slow),
         pytest.param("sample", ["--workdir={}/run", "--top_p=0"], "top_p = 0.0 must be more than 0", marks=pytest.mark.slow),
+        pytest.param("sample", ["--workdir={}/run", "--seed=-1"], "seed = -1 must be at least 0", marks=pytest.mark.slow),
+        pytest.param("score", ["--workdir={}/run"], "nothing to score; give --text or --file", marks=pytest.mark.slow),
+        pytest.param("score", ["--workdir={}/run", "--text="], "--text='' has no character to score", marks=pytest.mark.slow),
+        pytest.param("score", ["--workdir={}/run", "--file={}/none"], "none cannot be read as text", marks=pytest.mark.slow),
         pytest.param(
             "evaluate", ["--workdir={}/run", "--step=last"], "step = 'last' is neither 'latest'", marks=pytest.mark.slow
         ),
@@ -172,7 +246,8 @@ def test_what_cannot_be_evaluated_is_one_sentence(trained, program, arguments, s
     [
         ("train", ["config"]),
         pytest.param("evaluate", ["workdir", "step", "mesh", "rows"], marks=pytest.mark.slow),
-        pytest.param("sample", ["workdir", "step", "mesh", "prompt", "temperature", "top_k", "top_p"], marks=pytest.mark.slow),
+        pytest.param("sample", ["workdir", "prompt", "temperature", "min_p", "stop", "cache_dtype"], marks=pytest.mark.slow),
+        pytest.param("score", ["workdir", "step", "mesh", "text", "file", "window"], marks=pytest.mark.slow),
         pytest.param("bench", ["config", "out", "repeats"], marks=pytest.mark.slow),
     ],
 )

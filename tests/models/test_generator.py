@@ -6,12 +6,16 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from tolerance import assert_close
 
 from moe_jax.config import ConfigError
 from moe_jax.mesh import make_mesh
 from moe_jax.models.generator import Generator, continue_texts
+from moe_jax.models.inference_weights import lay_out_for_inference
 from moe_jax.models.sampling import Sampling
 from moe_jax.models.transformer import build
+from moe_jax.ops.quantised import Quantised, dequantise, format_of
+from moe_jax.ops.quantised_tree import quantise_tree
 from moe_jax.validation import RefusalError
 
 PROMPTS = [np.array([3, 1, 4]), np.array([1]), np.array([5, 9, 2, 6, 5, 3, 5, 8, 9, 7])]
@@ -26,7 +30,7 @@ def generator(mesh_name="one device", rows=8) -> Generator:
     mesh = make_mesh(config, jax.devices()[: np.prod(config.mesh.shape)])
     with jax.set_mesh(mesh):
         _, params, state = build(config.model, seed=1)
-    return Generator(config.model, params, state, mesh, vocab_size=VOCAB, rows=rows, max_length=20)
+    return Generator(lay_out_for_inference(config.model, params, state, mesh), vocab_size=VOCAB, rows=rows, max_length=20)
 
 
 def texts(samplings, mesh_name="one device", num_tokens=6, **options):
@@ -104,7 +108,7 @@ def test_choices_are_counted():
 
 
 def test_one_program_for_a_bucket_of_shapes():
-    g = Generator(*_parts(), vocab_size=VOCAB, rows=2, max_length=40)
+    g = Generator(_laid_out(), vocab_size=VOCAB, rows=2, max_length=40)
     for length in (1, 5, 16):
         continue_texts(g, [np.arange(length)], [HOT[0]], 2)
     assert g._prefill._cache_size() == g._decode._cache_size() == 1
@@ -113,11 +117,31 @@ def test_one_program_for_a_bucket_of_shapes():
 
 
 @functools.cache
-def _parts():
+def _laid_out():
     config = tiny.config("mixtral", model={"num_layers": 2})
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return config.model, *build(config.model, seed=1)[1:], mesh
+        return lay_out_for_inference(config.model, *build(config.model, seed=1)[1:], mesh)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4:4"])
+@pytest.mark.parametrize("mesh_name", ["one device", pytest.param("expert_outer 2 expert 2 tensor 2", marks=pytest.mark.slow)])
+def test_quantised_weights_are_those_that_are_decoded(weights, mesh_name):
+    """Against the model whose parameters went there and back before they were laid out: experts have the same scales either way."""
+    config = tiny.config("mixtral", mesh_name, model={"num_layers": 2})
+    mesh = make_mesh(config, jax.devices()[: np.prod(config.mesh.shape)])
+    with jax.set_mesh(mesh):
+        params, state = build(config.model, seed=1)[1:]
+        small, report = quantise_tree(params, format_of(weights))
+        back = jax.tree.map(lambda w: dequantise(w, np.float32), small, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    sizes = {"vocab_size": VOCAB, "rows": 8, "max_length": 20}
+    models = [lay_out_for_inference(config.model, *of, mesh) for of in ((params, state), (back, state))]
+    quantised = Generator(lay_out_for_inference(config.model, params, state, mesh, weights), **sizes)
+    exact, decoded = (Generator(model, **sizes) for model in models)
+    (score,), (expected,), (before,) = (g.score([PROMPTS[2]]) for g in (quantised, decoded, exact))
+    assert_close(score, expected)
+    assert np.abs(score - before).max() > 1e-4
+    assert quantised.model.report.bytes_after == report.bytes_after < 0.6 * report.bytes_before
 
 
 def test_refusals():
@@ -136,11 +160,11 @@ def test_refusals():
     with pytest.raises(ConfigError, match=r"rows = 6 must be a multiple of 8"):
         generator("data 2 expert 4", rows=6)
     with pytest.raises(ConfigError, match="cache_dtype = 'float16' is unknown"):
-        Generator(*_parts(), vocab_size=VOCAB, rows=1, max_length=8, cache_dtype="float16")
+        Generator(_laid_out(), vocab_size=VOCAB, rows=1, max_length=8, cache_dtype="float16")
 
 
 def test_a_full_row_is_told():
-    g = Generator(*_parts(), vocab_size=VOCAB, rows=1, max_length=5)
+    g = Generator(_laid_out(), vocab_size=VOCAB, rows=1, max_length=5)
     g.admit({0: PROMPTS[0]}, {0: COLD[0]})
     g.step(), g.step()
     with pytest.raises(ValueError, match="row 0 has 5 tokens, which is all it has room for"):
