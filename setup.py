@@ -29,6 +29,7 @@ setup(
         "numpy",
         "optax",
         "orbax-checkpoint",
+        "qwix>=0.1.8",
         "safetensors>=0.8",
         "scipy",
         "tensorboardX",
