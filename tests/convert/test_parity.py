@@ -20,12 +20,12 @@ from moe_jax.convert.hugging_face import load_params, save_hf
 from moe_jax.convert.plan import Plan
 from moe_jax.convert.safetensors_files import TensorFiles, read_json
 from moe_jax.mesh import make_mesh, shard_batch
-from moe_jax.models.transformer import build
+from moe_jax.models.transformer import abstract
 from moe_jax.ops.cross_entropy import cross_entropy
 from moe_jax.routing.losses import balance_loss
 
 MESHES = {"one": MeshConfig(data=1), "eight": MeshConfig(data=1, expert=4, tensor=2)}
-SEEDS = [(name, seed) for name in hf_models.CASES for seed in (0, 1)]
+SEEDS = (0, 1)
 pytestmark = pytest.mark.slow  # torch is an extra that this tier installs
 
 
@@ -36,53 +36,53 @@ def _loaded(name, seed):
     return replace(model, remat="none", scan_unroll=1), params, router_state
 
 
-def _on_mesh(name, seed):
-    """(graphdef, params, router state, batch) on the ambient mesh, which is set."""
-    model, *arrays = _loaded(name, seed)
-    graphdef, *fresh = build(model, seed=0)
-    assert jax.tree.map(np.shape, arrays) == jax.tree.map(np.shape, fresh)
-    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), arrays, fresh)
-    return graphdef, *placed, shard_batch(jax.sharding.get_mesh(), hf_models.batch())
-
-
-def _mesh(name, seed, mesh_config):
-    config = Config(
-        model=_loaded(name, seed)[0], mesh=mesh_config, data=DataConfig(seq_len=hf_models.SEQ_LEN, batch_size=hf_models.ROWS)
-    )
+def _mesh(model, mesh_config):
+    config = Config(model=model, mesh=mesh_config, data=DataConfig(seq_len=hf_models.SEQ_LEN, batch_size=hf_models.ROWS))
     return make_mesh(config, jax.devices()[: np.prod(mesh_config.shape)])
 
 
-def _forward(graphdef, params, router_state, rows):
-    model = nnx.merge(graphdef, params, router_state)
-    return model(rows["tokens"], rows["segment_ids"], rows["positions"], record=True)
+def _step(graphdef, has_aux_loss):
+    """The jitted (params, router state, rows) -> ((loss, (logits, aux)), gradients)."""
+
+    def loss_fn(params, router_state, rows):
+        model = nnx.merge(graphdef, params, router_state)
+        logits, aux = model(rows["tokens"], rows["segment_ids"], rows["positions"], record=True)
+        nll_BS = cross_entropy(logits, rows["targets"])[0] * rows["loss_weights"]
+        loss = nll_BS.sum() / rows["loss_weights"].sum()
+        if has_aux_loss:
+            loss += hf_models.BALANCE_WEIGHT * aux.balance_loss()
+        return loss, (logits, aux)
+
+    return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "seed", "mesh"), [*((*case, "one") for case in SEEDS), *((name, 0, "eight") for name in hf_models.CASES)]
-)
-def test_same_numbers(name, seed, mesh):
-    theirs, valid = hf_models.theirs(name, seed), hf_models.batch()["segment_ids"] > 0
-    with jax.set_mesh(_mesh(name, seed, MESHES[mesh])):
-        graphdef, params, router_state, rows = _on_mesh(name, seed)
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", hf_models.CASES)
+def test_same_numbers(name, mesh):
+    """Of two seeds, with the one program."""
+    model, rows = _loaded(name, 0)[0], hf_models.batch()
+    with jax.set_mesh(_mesh(model, MESHES[mesh])):
+        graphdef, *states = abstract(model)
+        shapes = [nnx.to_pure_dict(state) for state in states]
+        step = _step(graphdef, hf_models.theirs(name).aux_loss is not None)
+        on_devices = shard_batch(jax.sharding.get_mesh(), rows)
+        for seed in SEEDS:
+            arrays = list(_loaded(name, seed)[1:])
+            assert jax.tree.map(np.shape, arrays) == jax.tree.map(np.shape, shapes)
+            placed = jax.tree.map(lambda like, array: jax.device_put(array, like.sharding.spec), shapes, arrays)
+            _compare(
+                model, hf_models.theirs(name, seed), *jax.device_get(step(*placed, on_devices)), rows["segment_ids"] > 0, mesh
+            )
 
-        @jax.jit
-        @functools.partial(jax.value_and_grad, has_aux=True)
-        def loss_fn(params, rows):
-            logits, aux = _forward(graphdef, params, router_state, rows)
-            nll_BS = cross_entropy(logits, rows["targets"])[0] * rows["loss_weights"]
-            loss = nll_BS.sum() / rows["loss_weights"].sum()
-            if theirs.aux_loss is not None:
-                loss += hf_models.BALANCE_WEIGHT * aux.balance_loss()
-            return loss, (logits, aux)
 
-        (loss, (logits, aux)), grads = jax.device_get(loss_fn(params, rows))
+def _compare(model, theirs, value, grads, valid, mesh):
+    loss, (logits, aux) = value
     assert_close(logits[valid], theirs.logits[valid], what="logits")
     assert_close(loss, theirs.loss, what="loss")
     if theirs.aux_loss is not None:
         assert_close(_pooled(aux.sums, theirs.model.config.num_experts_per_tok), theirs.aux_loss, what="auxiliary loss")
     _same_choices({} if aux is None else aux.per_token, theirs.choices, valid)
-    plan = Plan(_loaded(name, seed)[0], FAMILIES[type(theirs.model).__name__])
-    expected = plan.read_all(_with_state(theirs))[0]
+    expected = Plan(model, FAMILIES[type(theirs.model).__name__]).read_all(_with_state(theirs))[0]
     jax.tree_util.tree_map_with_path(functools.partial(_same_gradient, mesh), grads, expected)
 
 
@@ -113,7 +113,8 @@ def _same_gradient(mesh, path, actual, expected):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-5 * np.sqrt(np.mean(np.square(expected))), err_msg=name)
 
 
-@pytest.mark.parametrize(("name", "seed"), SEEDS)
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", hf_models.CASES)
 def test_written_again_is_the_same(name, seed, tmp_path):
     folder = hf_models.theirs(name, seed).folder
     save_hf(tmp_path / "again", *load_params(folder), original=folder, max_shard_bytes=20_000)

@@ -71,30 +71,43 @@ POINTS = [
     Point("outer2_expert2_tensor2", "all_gather", "einsum", False, 2, "float8", 3),
 ]
 
-
-def product_points():
-    """Exchange x dispatch x send_once x chunks on every mesh; the quadratic einsum on two of them."""
-    for mesh, exchange, dispatch, send_once, chunks in itertools.product(
-        MESHES, ("all_to_all", "ragged", "all_gather"), ("dropless", "capacity", "einsum"), (False, True), (1, 2)
-    ):
-        same_program = send_once and (exchange == "all_gather" or mesh == "expert8")  # there a device has one expert
-        left_out = dispatch == "einsum" and mesh not in ("data2_expert4", "outer2_expert2_tensor2")
-        if not same_program and not left_out:
-            yield Point(mesh, exchange, dispatch, send_once, chunks, top_k=3 if send_once else 2)
-
-
-def wire_points():
-    """Every wire on every exchange, on one level and on two; bounded buffers with the exact path; and four chunks with scales."""
-    exchanges = ("all_to_all", "ragged", "all_gather")
-    for mesh, exchange, wire in itertools.product(("data2_expert4", "outer2_expert2_tensor2"), exchanges, WIRES):
-        if wire != "compute":
-            yield Point(mesh, exchange, "dropless", exchange != "all_gather", wire=wire)
-    for mesh, exchange, dispatch, send_once in itertools.product(
-        ("data2_expert4", "outer2_expert2_tensor2"), exchanges[:2], ("dropless", "capacity"), (False, True)
-    ):
-        yield Point(mesh, exchange, dispatch, send_once, factor=1.5)
-    yield Point("outer2_expert2_tensor2", "ragged", "dropless", True, 4, "float8", 3)
-    yield Point("outer2_expert2_tensor2", "all_to_all", "capacity", False, 4, "int8", 2)
+# With these wires on meshes too, and every three values of the other settings together (`test_more_points_cover_all_triples`).
+MORE_POINTS = [
+    Point("expert8", "all_to_all", "capacity", False, 2, "bf16_out", 3),
+    Point("expert8", "all_to_all", "dropless", False, 2, "compute", 3),
+    Point("expert8", "all_to_all", "dropless", False, 1, "float8_bf16", 2),
+    Point("expert8", "ragged", "capacity", False, 2, "bf16", 3, 2.3),
+    Point("expert8", "ragged", "dropless", False, 1, "int8_bf16", 2, 2.3),
+    Point("expert8", "all_gather", "capacity", False, 2, "float8", 2),
+    Point("expert8", "all_gather", "einsum", False, 2, "bf16_home", 2),
+    Point("data2_expert4", "all_to_all", "capacity", False, 2, "bf16_home", 3, 1.5),
+    Point("data2_expert4", "all_to_all", "dropless", True, 2, "float8", 3),
+    Point("data2_expert4", "ragged", "capacity", True, 2, "float8_bf16", 2),
+    Point("data2_expert4", "ragged", "dropless", True, 1, "bf16_out", 2, 1.5),
+    Point("data2_expert4", "ragged", "einsum", False, 2, "bf16", 2, 1.5),
+    Point("data2_expert4", "all_gather", "capacity", False, 2, "int8", 3),
+    Point("data2_expert4", "all_gather", "dropless", False, 2, "int8_bf16", 3),
+    Point("fsdp2_expert2_tensor2", "all_to_all", "capacity", False, 2, "int8_bf16", 2, 1.2),
+    Point("fsdp2_expert2_tensor2", "all_to_all", "einsum", True, 1, "float8_bf16", 2),
+    Point("fsdp2_expert2_tensor2", "ragged", "capacity", False, 2, "compute", 2),
+    Point("fsdp2_expert2_tensor2", "ragged", "dropless", True, 1, "bf16_out", 2),
+    Point("fsdp2_expert2_tensor2", "ragged", "dropless", True, 2, "float8", 3, 1.2),
+    Point("fsdp2_expert2_tensor2", "all_gather", "capacity", False, 1, "bf16_home", 3),
+    Point("fsdp2_expert2_tensor2", "all_gather", "dropless", False, 2, "int8", 3),
+    Point("outer2_expert4", "all_to_all", "capacity", False, 2, "float8", 3),
+    Point("outer2_expert4", "all_to_all", "dropless", False, 1, "float8_bf16", 3, 2.0),
+    Point("outer2_expert4", "ragged", "capacity", True, 1, "bf16_home", 2, 2.0),
+    Point("outer2_expert4", "ragged", "einsum", False, 2, "int8_bf16", 2),
+    Point("outer2_expert4", "ragged", "einsum", True, 2, "compute", 2),
+    Point("outer2_expert4", "all_gather", "dropless", False, 1, "bf16_out", 3),
+    Point("outer2_expert2_tensor2", "all_to_all", "capacity", False, 1, "compute", 3, 1.5),
+    Point("outer2_expert2_tensor2", "all_to_all", "dropless", True, 1, "bf16_home", 2, 1.5),
+    Point("outer2_expert2_tensor2", "all_to_all", "einsum", False, 2, "bf16_out", 3, 1.5),
+    Point("outer2_expert2_tensor2", "ragged", "capacity", True, 2, "int8_bf16", 3),
+    Point("outer2_expert2_tensor2", "ragged", "dropless", False, 1, "int8", 3),
+    Point("outer2_expert2_tensor2", "all_gather", "capacity", False, 1, "bf16", 3),
+    Point("outer2_expert2_tensor2", "all_gather", "dropless", False, 1, "float8_bf16", 2),
+]
 
 
 def name_of(point):
@@ -161,34 +174,47 @@ def test_equals_one_device(point):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", product_points(), ids=name_of)
-def test_equals_one_device_whole_product(point):
+@pytest.mark.parametrize("point", MORE_POINTS, ids=name_of)
+def test_more_points_equal_one_device(point):
     check(point)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("point", wire_points(), ids=name_of)
-def test_equals_one_device_every_wire(point):
-    check(point)
+VALUES = dict(
+    mesh=tuple(MESHES),
+    exchange=("all_to_all", "ragged", "all_gather"),
+    dispatch=("dropless", "capacity", "einsum"),
+    send_once=(False, True),
+    chunked=(False, True),
+    wire=tuple(WIRES),
+    top_k=(2, 3),
+    bounded=(False, True),
+)
+
+
+def missing(points, number, settings):
+    """The values of any `number` of these settings that no point has together, of those that mean something."""
+    told = [point._asdict() | dict(chunked=point.chunks > 1, bounded=point.factor > 0) for point in points]
+    for names in itertools.combinations(settings, number):
+        met = {tuple(point[name] for name in names) for point in told}
+        for values in itertools.product(*(settings[name] for name in names)):
+            point = dict(zip(names, values, strict=True))
+            no_buffers = point.get("exchange") == "all_gather" and (point.get("send_once") or point.get("bounded"))
+            if not no_buffers and values not in met:
+                yield point
 
 
 def test_points_cover_all_pairs():
-    values = dict(
-        mesh=tuple(MESHES),
-        exchange=("all_to_all", "ragged", "all_gather"),
-        dispatch=("dropless", "capacity", "einsum"),
-        send_once=(False, True),
-        chunked=(False, True),
-        wire=tuple(WIRES)[:4],
-        top_k=(2, 3),
-        bounded=(False, True),
-    )
-    points = [point._asdict() | dict(chunked=point.chunks > 1, bounded=point.factor > 0) for point in POINTS]
-    for (a, values_a), (b, values_b) in itertools.combinations(values.items(), 2):
-        for pair in itertools.product(values_a, values_b):
-            no_buffers = "all_gather" in pair and {a, b} & {"send_once", "bounded"} and True in pair
-            if {a, b} != {"mesh", "wire"} and not no_buffers:
-                assert any((point[a], point[b]) == pair for point in points), (a, b, pair)
+    pairs = missing(POINTS, 2, VALUES | {"wire": tuple(WIRES)[:4]})
+    assert not [pair for pair in pairs if pair.keys() != {"mesh", "wire"}]
+
+
+def test_more_points_cover_all_triples():
+    """Of what the exchanges are made of. The quadratic einsum is in pairs; with eight experts on eight devices nothing is sent once."""
+    points = POINTS + MORE_POINTS
+    assert not list(missing(points, 2, VALUES))
+    parts = {name: VALUES[name] for name in ("mesh", "exchange", "send_once", "chunked", "bounded")}
+    triples = missing(points, 3, parts | {"dispatch": ("dropless", "capacity")})
+    assert not [triple for triple in triples if not (triple.get("mesh") == "expert8" and triple.get("send_once"))]
 
 
 @pytest.mark.parametrize("top_k", [2, 3])

@@ -135,8 +135,8 @@ def test_several_blocks_against_jax_with_gradients(window):
     def expected(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, local_window_size=local)
 
-    ours = jax.vjp(lambda *qkv: attention(*qkv, segment_ids, window=window), q, k, v)
-    theirs = jax.vjp(expected, q, k, v)
+    ours = jax.vjp(jax.jit(lambda *qkv: attention(*qkv, segment_ids, window=window)), q, k, v)
+    theirs = jax.vjp(jax.jit(expected), q, k, v)
     assert_close(ours[0], theirs[0])
     for actual, gradient in zip(ours[1](g), theirs[1](g), strict=True):
         assert_close(actual, gradient)

@@ -154,12 +154,10 @@ def test_deepseek_block_with_shared_experts(mesh):
 def _run_layer(model, mesh, block, cotangent):
     """(output, gradients by parameters and by X_TD) of our layer with the torch block's weights, on the ambient mesh."""
 
-    def make():
-        return nnx.split(MoE(model, 1.0, jnp.dtype("float32"), rngs=nnx.Rngs(0)), nnx.Param, RouterState)
-
-    graphdef = nnx.eval_shape(make)[0]
-    params = nnx.to_pure_dict(jax.jit(lambda: make()[1])())
-    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), moe_params(values(block), model), params)
+    layer = nnx.eval_shape(lambda: MoE(model, 1.0, jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    graphdef, shapes, _ = nnx.split(layer, nnx.Param, RouterState)
+    shapes, params = nnx.to_pure_dict(shapes), moe_params(values(block), model)
+    params = jax.tree.map(lambda new, like: jax.device_put(new, like.sharding.spec), params, shapes)
     bias = {"bias_E": jnp.asarray(BIASES["positive"])}
     arrays = {"x": X_TD.reshape(cotangent.shape), "mask": MASK_T.reshape(cotangent.shape[:2]), "cotangent": cotangent}
 

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from conformance import cases_where, close, every_case, every_step, floats, route, same, scalar
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -51,17 +50,22 @@ def test_balance_loss_is_one_when_the_router_prefers_nobody(case):
 
 @every_step
 @every_case
-def test_gradient_is_live_and_remat_changes_nothing(case, step):
-    tokens, params, state = problem(case)
-    function = functools.partial(scalar, case, step)
-    (value, _), grads = jax.jit(jax.value_and_grad(function, has_aux=True))(params, tokens.x_TD, tokens, state)
-    live = [np.abs(grad).max() > 1e-3 for grad in grads.values()]
-    assert all(live) if step == "training" else any(live) or not live
-    (value_again, _), again = jax.jit(jax.value_and_grad(jax.checkpoint(function), has_aux=True))(
-        params, tokens.x_TD, tokens, state
-    )
-    assert_close(value_again, value)
-    jax.tree.map(assert_close, again, grads)
+def test_gradient_is_live_and_finite_at_extreme_logits(case, step):
+    def loss(params, x_TD, tokens, state):
+        value, routing = scalar(case, step, params, x_TD, tokens, state)
+        sums = routing_sums(routing, tokens.mask_T, B)
+        return value + case.router.loss(sums, state) * 1e-30, routing
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    for scale in (0.8, 30.0, 1e4, 1e30):
+        tokens, params, state = problem(case, scale=scale)
+        grads, routing = gradient(params, tokens.x_TD, tokens, state)
+        for array in jax.tree.leaves((grads, floats(routing))):
+            assert np.all(np.isfinite(array)), scale
+        assert_close(routing.probs_TE.sum(-1), np.ones(T))
+        if scale < 1:
+            live = [np.abs(grad).max() > 1e-3 for grad in grads.values()]
+            assert all(live) if step == "training" else any(live) or not live
 
 
 @every_step
@@ -85,27 +89,9 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-@pytest.mark.parametrize("size", [pytest.param(30.0, marks=pytest.mark.slow), pytest.param(1e4, marks=pytest.mark.slow), 1e30])
 @every_step
 @every_case
-def test_finite_at_extreme_logits(case, step, size):
-    tokens, params, state = problem(case, scale=size)
-
-    def loss(params):
-        _, routing = scalar(case, step, params, tokens.x_TD, tokens, state)
-        sums = routing_sums(routing, tokens.mask_T, B)
-        everything = jax.tree.map(lambda x: jnp.clip(x, -1e3, 1e3), floats(routing.replace(logits_TE=jnp.zeros((T, E)))))
-        return sum(map(jnp.sum, everything)) + case.router.loss(sums, state) * 1e-30, routing
-
-    grads, routing = jax.jit(jax.grad(loss, has_aux=True))(params)
-    for array in jax.tree.leaves((grads, floats(routing))):
-        assert np.all(np.isfinite(array))
-    assert_close(routing.probs_TE.sum(-1), np.ones(T))
-
-
-@every_step
-@every_case
-def test_eight_devices_agree_with_one(case, step):
+def test_eight_devices_agree_with_one_and_with_remat(case, step):
     tokens, params, state = problem(case)
     mesh, router = mesh_of(data=2, fsdp=2, expert=2), case.router
 
@@ -130,7 +116,8 @@ def test_eight_devices_agree_with_one(case, step):
         if not axes:
             return functools.partial(outputs, axes=())
         rows = P(axes)
-        return jax.shard_map(functools.partial(outputs, axes=axes), in_specs=(P(), rows), out_specs=(P(), (rows, rows, P())))
+        island = jax.shard_map(functools.partial(outputs, axes=axes), in_specs=(P(), rows), out_specs=(P(), (rows, rows, P())))
+        return jax.checkpoint(island)
 
     (value, parts), grads = gradient(())(params, tokens)
     with jax.set_mesh(mesh):

@@ -8,42 +8,28 @@ the wrong scope, a load counted twice under remat: each fails here.
 import functools
 import itertools
 
-import jax
 import numpy as np
 import pytest
 import tiny
-from tolerance import assert_close
-
-from moe_jax.mesh import make_mesh, shard_batch
-from moe_jax.models.transformer import build
-from moe_jax.train.step import make_gradient_fn
+from one_step import assert_same, measure
 
 REFERENCE = dict(mesh="one device", accumulation=1, remat="none")
-LAYOUTS = [
-    dict(zip(("mesh", "accumulation", "remat"), point, strict=True))
-    for point in itertools.product(tiny.MESHES, (1, 4), ("none", "full"))
-]
-CORNERS = [  # every mesh, both accumulations, both remats, each router on each mesh
-    dict(mesh="data 8", accumulation=1, remat="full"),
-    dict(mesh="expert 8", accumulation=4, remat="none"),
-    dict(mesh="data 2 expert 4", accumulation=1, remat="none"),
-    dict(mesh="fsdp 2 expert 2 tensor 2", accumulation=4, remat="full"),
-    dict(mesh="one device", accumulation=4, remat="none"),
-]
-REST = [layout for layout in LAYOUTS if layout not in CORNERS and layout != REFERENCE]
-
-
-def measure(config):
-    """Gradients, next bias and metrics of one step, as nested dicts of NumPy arrays by path."""
-    count = np.prod(config.mesh.shape)
-    mesh = make_mesh(config, jax.devices()[:count])
-    with jax.set_mesh(mesh):
-        graphdef, params, bias = build(config.model, seed=3)
-        bias = jax.tree.map(lambda b: b + 0.02 * (jax.numpy.arange(b.shape[-1]) % 3), bias)
-        step = jax.jit(make_gradient_fn(config, graphdef))
-        gradients, bias, metrics = step(params, bias, shard_batch(mesh, tiny.batch()), jax.random.key(5))
-    tree = {"gradient": gradients, "bias": bias, "metric": metrics}
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+PLAIN = dict(accumulation=1, remat="none")
+REMAT = dict(accumulation=1, remat="full")
+SPLIT = dict(accumulation=4, remat="none")
+BOTH = dict(accumulation=4, remat="full")
+# Every router on every mesh and with every step, every mesh with three of the four steps (`test_layouts_cover_all_pairs`).
+STEPS = {
+    "one device": dict(mixtral=SPLIT, deepseek=BOTH, switch=REMAT),
+    "data 8": dict(deepseek=PLAIN, switch=SPLIT, mixtral=BOTH),
+    "expert 8": dict(switch=BOTH, mixtral=PLAIN, deepseek=REMAT),
+    "data 2 expert 4": dict(mixtral=REMAT, deepseek=SPLIT, switch=PLAIN),
+    "fsdp 2 expert 2 tensor 2": dict(deepseek=BOTH, switch=REMAT, mixtral=SPLIT),
+    "expert_outer 2 expert 4": dict(switch=SPLIT, mixtral=BOTH, deepseek=PLAIN),
+    "expert_outer 2 expert 2 tensor 2": dict(mixtral=PLAIN, deepseek=REMAT, switch=BOTH),
+}
+LAYOUTS = [(router, dict(mesh=mesh) | step) for mesh, steps in STEPS.items() for router, step in steps.items()]
+FAST = [(next(iter(steps)), mesh) for mesh, steps in STEPS.items()]
 
 
 @functools.cache
@@ -52,57 +38,60 @@ def reference(router, **moe):
 
 
 def compare(router, layout, reference_moe=None, **moe):
-    expected = reference(router, **(reference_moe or {}))
-    actual = measure(tiny.config(router, **layout, **moe))
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        if name.startswith("['metric']['exchange/"):
-            continue  # what travels is what differs
-        if value.dtype.kind == "i":
-            np.testing.assert_array_equal(actual[name], value, err_msg=name)
-        else:
-            assert_close(actual[name], value, what=name)
+    assert_same(measure(tiny.config(router, **layout, **moe)), reference(router, **(reference_moe or {})))
 
 
-@pytest.mark.parametrize("layout", CORNERS, ids=lambda x: "-".join(map(str, x.values())))
-@pytest.mark.parametrize("router", ["mixtral", "deepseek", pytest.param("switch", marks=pytest.mark.slow)])
-def test_corner_layouts(router, layout):
-    compare(router, layout)
+def layouts(fast):
+    return pytest.mark.parametrize(
+        ("router", "layout"),
+        [(router, layout) for router, layout in LAYOUTS if ((router, layout["mesh"]) in FAST) == fast],
+        ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+    )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", REST, ids=lambda x: "-".join(map(str, x.values())))
-def test_every_layout(layout):
-    """The whole product for the router with a state and groups; of the others what follows."""
-    compare("deepseek", layout)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [x for x in REST if (x["accumulation"], x["remat"]) in ((4, "none"), (1, "full"))], ids=str)
-@pytest.mark.parametrize("router", ["mixtral", "switch"])
+@layouts(fast=True)
 def test_every_mesh(router, layout):
     compare(router, layout)
+
+
+@pytest.mark.slow
+@layouts(fast=False)
+def test_every_router_on_every_mesh(router, layout):
+    compare(router, layout)
+
+
+def test_layouts_cover_all_pairs():
+    """And every router takes every step; of the fast tier every router, every mesh and every step."""
+    points = [(router, *layout.values()) for router, layout in LAYOUTS]
+    values = [set(column) for column in zip(*points, strict=True)]
+    assert [len(column) for column in values] == [len(tiny.ROUTERS), len(tiny.MESHES), 2, 2]
+
+    def cover(points, *axes):
+        return {tuple(point[axis] for axis in axes) for point in points} == set(
+            itertools.product(*(values[axis] for axis in axes))
+        )
+
+    assert all(cover(points, *axes) for axes in (*itertools.combinations(range(4), 2), (0, 2, 3)))
+    assert all(cover([point for point in points if point[:2] in FAST], *axes) for axes in ((0,), (1,), (2, 3)))
 
 
 @pytest.mark.parametrize(
     ("mesh", "moe"),
     [
-        ("data 2 expert 4", dict(exchange="all_gather")),
         ("fsdp 2 expert 2 tensor 2", dict(exchange="all_gather", dispatch="einsum", capacity_factor=100.0)),
         ("expert 8", dict(dispatch="capacity", capacity_factor=100.0)),
-        pytest.param("data 2 expert 4", dict(exchange="ragged", exchange_chunks=2), marks=pytest.mark.slow),
+        ("expert_outer 2 expert 4", dict(exchange_chunks=2, exchange_factor=1.25, exchange_overflow="exact")),
         pytest.param(
             "fsdp 2 expert 2 tensor 2",
             dict(exchange_factor=1.0, exchange_overflow="exact", send_once=False),
             marks=pytest.mark.slow,
         ),
-        ("expert_outer 2 expert 4", dict(exchange_chunks=2, exchange_factor=1.25, exchange_overflow="exact")),
         pytest.param(
             "expert_outer 2 expert 2 tensor 2",
-            dict(exchange="ragged", exchange_factor=1.0, exchange_overflow="exact"),
+            dict(exchange="ragged", exchange_chunks=2, exchange_factor=1.0, exchange_overflow="exact"),
             marks=pytest.mark.slow,
         ),
-        ("one device", dict(dispatch="einsum", capacity_factor=100.0)),
+        pytest.param("one device", dict(dispatch="einsum", capacity_factor=100.0), marks=pytest.mark.slow),
         pytest.param("one device", dict(grouped_matmul="reference"), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -111,17 +100,22 @@ def test_every_exchange_and_dispatch(mesh, moe):
     compare("mixtral", REFERENCE | {"mesh": mesh}, **moe)
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("none", 0), ("full", 0), ("none", 2)])
+@pytest.mark.parametrize(("remat", "unroll"), [("full", 0), ("none", 2)])
 def test_layers_in_a_loop_or_unrolled(remat, unroll):
+    """0 and, of two layers, 2 are the same: all of them one after the other."""
     compare("switch", REFERENCE | {"mesh": "data 2 expert 4", "remat": remat}, model=dict(scan_unroll=unroll))
 
 
-@pytest.mark.parametrize("scope", [pytest.param("sequence", marks=pytest.mark.slow), "microbatch"])
-def test_other_balance_scopes(scope):
+@pytest.mark.parametrize(
+    ("scope", "accumulation"),
+    [
+        pytest.param("sequence", 4, marks=pytest.mark.slow),
+        ("microbatch", 1),  # whose own scope does depend on the microbatches
+    ],
+)
+def test_other_balance_scopes(scope, accumulation):
     moe = dict(balance_loss_scope=scope)
-    compare("deepseek", REFERENCE | {"mesh": "data 2 expert 4"}, moe, **moe)
-    if scope == "sequence":  # a microbatch's own scope does depend on the microbatches
-        compare("deepseek", REFERENCE | {"accumulation": 4}, moe, **moe)
+    compare("deepseek", REFERENCE | {"mesh": "data 2 expert 4", "accumulation": accumulation}, moe, **moe)
 
 
 def test_the_reference_exercises_what_it_compares():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from randomised import randomised
+from one_step import drawn
 from tolerance import assert_close
 
 from moe_jax.config import AttentionConfig
@@ -32,14 +32,14 @@ def configuration(mtp_layers=1, **model):
 
 @functools.cache
 def problem():
-    """(mesh, graphdef, params, router state, batch on the host, batch on the device), the parameters far from the initial ones."""
+    """(mesh, graphdef, params, router state, batch on the host, batch on the device)."""
     config = configuration()
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        graphdef, params, bias = build(config.model, seed=3)
+        graphdef, params, bias = drawn(config.model)
         bias = jax.tree.map(lambda b: b + 0.02 * (jnp.arange(b.shape[-1]) % 3), bias)
         batch = tiny.batch(rows=ROWS)
-        return mesh, graphdef, randomised(params), bias, batch, shard_batch(mesh, batch)
+        return mesh, graphdef, params, bias, batch, shard_batch(mesh, batch)
 
 
 @functools.cache

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from one_step import drawn
 from tolerance import assert_close
 
 from moe_jax.config import RouterConfig
 from moe_jax.mesh import make_mesh, shard_batch
-from moe_jax.models.transformer import build
 from moe_jax.routing.record import RECORDED
 from moe_jax.train.evaluate import evaluate, make_eval_step
 from moe_jax.train.routing_log import RecordError, RoutingLog
@@ -29,7 +29,7 @@ class Evaluator:
         self.config = tiny.config(router, mesh)
         self.mesh = make_mesh(self.config, jax.devices()[: np.prod(self.config.mesh.shape)])
         with jax.set_mesh(self.mesh):
-            self.models = [build(self.config.model, seed) for seed in (0, 1)]
+            self.models = [drawn(self.config.model, seed) for seed in (0, 1)]
             graphdef = self.models[0][0]
             self.steps = {
                 records: make_eval_step(self.config.model, graphdef, np.ones(tiny.VOCAB, np.int32), record=records)
@@ -122,12 +122,12 @@ class Learner:
         self.config = config
         self.mesh = make_mesh(config, jax.devices()[: np.prod(config.mesh.shape)])
         with jax.set_mesh(self.mesh):
-            graphdef = build(config.model, 0)[0]
+            graphdef = drawn(config.model)[0]
             self._measure = jax.jit(make_gradient_fn(config, graphdef, record=True))
 
     def model(self, seed):
         with jax.set_mesh(self.mesh):
-            return build(self.config.model, seed)[1:]
+            return drawn(self.config.model, seed)[1:]
 
     def __call__(self, model, **told):
         """(gradients, metrics, record) of the tiny batch."""

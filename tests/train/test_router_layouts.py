@@ -1,8 +1,10 @@
 """Layout invariance of the routers that have more than logits and a choice: own parameters, losses, state, rewards, shared batches."""
 
+import functools
+
 import pytest
 import tiny
-from test_layout_invariance import REFERENCE, compare, reference
+from one_step import assert_same, measure
 
 from moe_jax.config import RouterConfig
 from moe_jax.routing import ROUTERS
@@ -34,12 +36,25 @@ LEARN_NOTHING = {
     "round_robin": RouterConfig("round_robin", 2),
 }
 FAST = ("expert_choice, position",)
+PLAIN = dict(accumulation=1, remat="none")
+ALONE = dict(
+    model=dict(num_layers=1), first_dense=0, num_shared_experts=0
+)  # one MoE layer: `test_layout_invariance.py` has depth
 
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     for name, router in (OTHERS | SHARE_THE_BATCH | LEARN_NOTHING).items():
         monkeypatch.setitem(tiny.ROUTERS, name, router)
+
+
+@functools.cache
+def reference(router):
+    return measure(tiny.config(router, "one device", **PLAIN, **ALONE))
+
+
+def compare(router, mesh, layout, **moe):
+    assert_same(measure(tiny.config(router, mesh, **layout, **ALONE, **moe)), reference(router))
 
 
 def tiers(names):
@@ -53,19 +68,18 @@ def test_every_family_is_somewhere():
 
 @pytest.mark.parametrize("router", tiers(OTHERS))
 def test_microbatches_remat_and_all_axes(router):
-    compare(router, dict(mesh="fsdp 2 expert 2 tensor 2", accumulation=4, remat="full"))
-    metrics = reference(router)
-    assert metrics["['metric']['router/load']"].sum() > 0
+    compare(router, "fsdp 2 expert 2 tensor 2", dict(accumulation=4, remat="full"))
+    assert reference(router)["['metric']['router/load']"].sum() > 0
 
 
 @pytest.mark.parametrize("router", tiers(SHARE_THE_BATCH))
 def test_who_shares_a_batch_shares_it_over_devices(router):
-    compare(router, REFERENCE | {"mesh": "data 2 expert 4"})
+    compare(router, "data 2 expert 4", PLAIN)
 
 
 @pytest.mark.parametrize("router", tiers(LEARN_NOTHING))
 def test_routers_without_parameters(router):
-    compare(router, dict(mesh="fsdp 2 expert 2 tensor 2", accumulation=4, remat="full"))
+    compare(router, "fsdp 2 expert 2 tensor 2", dict(accumulation=4, remat="full"))
 
 
 @pytest.mark.slow
@@ -74,4 +88,4 @@ def test_routers_without_parameters(router):
     [("remoe", "all_gather"), ("expert_choice", "ragged"), ("mixture_of_depths", "all_gather"), ("zero_experts", "ragged")],
 )
 def test_lists_of_any_length_over_every_exchange(router, exchange):
-    compare(router, REFERENCE | {"mesh": "expert 8"}, exchange=exchange)
+    compare(router, "expert 8", PLAIN, exchange=exchange)
