@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe_jax.analysis import hlo
+from moe_jax.ops.stored_vectors import ONE_TURN
 
 SILENT = {
     "parameter",
@@ -74,7 +75,7 @@ def _walk(program, name, executions, loop_trips, stack_share) -> Iterator[Traffi
         if instruction.opcode in SILENT or instruction.opcode.endswith("-done"):
             continue
         if instruction.opcode == "while":
-            trips = hlo.trip_count(program, computation, instruction)
+            trips = 1 if ONE_TURN in instruction.op_name else hlo.trip_count(program, computation, instruction)
             if trips is None and (trips := loop_trips) is None:
                 raise ValueError(f"how often {instruction.name} runs cannot be read; give loop_trips.")
             for role, name in called:

@@ -12,6 +12,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 LARGEST_INT8 = 127
+ONE_TURN = "one_turn"  # what a loop that turns once is called, for those who count
 
 
 @struct.dataclass
@@ -41,15 +42,20 @@ def slot_positions(at_B: jax.Array, num_slots: int) -> jax.Array:
 
 def append(stored: StoredVectors, x_BGN: jax.Array, at_B: jax.Array) -> StoredVectors:
     """Puts the vector of each text's token at `at_B` into its slot."""
-    row_B, slot_B = jnp.arange(len(at_B)), at_B % stored.values_BGTN.shape[2]
+    slot_B = at_B % stored.values_BGTN.shape[2]
     new = encode(x_BGN, stored.values_BGTN.dtype)
-    write = partial(_write, row_B, slot_B)
-    return jax.tree.map(write, stored, new)
+    return jax.tree.map(partial(_write, slot_B), stored, new)
 
 
-def _write(row_B, slot_B, kept, one):
-    # A place that might be out of bounds is read first and written back by XLA for a single row, and the buffer copied.
-    return kept.at[row_B, :, slot_B].set(one, mode="promise_in_bounds", unique_indices=True)
+def _write(slot_B, kept, one):
+    if len(slot_B) > 1:
+        return kept.at[jnp.arange(len(slot_B)), :, slot_B].set(one, mode="promise_in_bounds", unique_indices=True)
+    # A scatter of one row becomes an update that XLA:CPU repeats for each reader, with copies of the whole buffer; a loop of one turn
+    # (which the compiler must not know) updates in place.
+    turns = (slot_B[0] >= 0).astype(jnp.int32)
+    update = partial(jax.lax.dynamic_update_slice_in_dim, update=one[:, :, None], start_index=slot_B[0], axis=2)
+    with jax.named_scope(ONE_TURN):
+        return jax.lax.fori_loop(0, turns, lambda _, kept: update(kept), kept)
 
 
 def fill(stored: StoredVectors, x_PGSN: jax.Array, length_P: jax.Array, row_P: jax.Array) -> StoredVectors:

@@ -1,5 +1,7 @@
 """Vectors kept in rings of slots, and attention over them beside the attention that sees the whole text."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,9 +74,13 @@ def test_int8_attention_is_attention_over_what_is_decoded():
     assert_close(*answers)
 
 
-def test_writes_go_in_place():
-    """A donated cache is not copied by a step of decoding."""
-    stored = no_vectors((B, G, 64, N), jnp.float32)
-    step = jax.jit(append, donate_argnums=0).lower(stored, jnp.ones((B, G, N)), jnp.arange(B)).compile()
+@pytest.mark.parametrize("rows", [1, B])
+def test_writes_go_in_place(rows):
+    """A donated cache is neither copied nor read whole by a step of decoding."""
+    stored, at_B = no_vectors((rows, G, 64, N), jnp.float32), jnp.arange(rows) + 5
+    step = jax.jit(append, donate_argnums=0).lower(stored, jnp.ones((rows, G, N)), at_B).compile()
     assert step.memory_analysis().temp_size_in_bytes < stored.values_BGTN.nbytes / 4
     assert step.memory_analysis().alias_size_in_bytes == stored.values_BGTN.nbytes
+    assert not re.search(r"\[(\d+,)*64,.* copy\(", step.as_text())
+    written = np.asarray(step(stored, jnp.ones((rows, G, N)), at_B).values_BGTN).sum(axis=(1, 3))
+    np.testing.assert_array_equal(written, G * N * (np.arange(64) == np.asarray(at_B)[:, None]))
