@@ -17,3 +17,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 def pytest_sessionstart(session):
     assert jax.device_count() == 8, f"the tests need 8 emulated CPU devices and see {jax.device_count()}"
+
+
+def pytest_runtest_teardown(item):
+    assert jax.device_count() == 8, f"{item.nodeid} leaves {jax.device_count()} devices to the tests after it"

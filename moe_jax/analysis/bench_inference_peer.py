@@ -125,9 +125,14 @@ def write_checkpoint(shape, folder) -> Callable[[], None]:
 
 
 def our_call(shape: Shape, folder: str, batch: int) -> Callable[[], np.ndarray]:
-    """A call that gives the new tokens, [batch, new_tokens]."""
+    """`make_call` for a process of its own, which it starts with one device."""
     start_with(1)
     keep_freed_memory()
+    return make_call(shape, folder, batch)
+
+
+def make_call(shape: Shape, folder: str, batch: int) -> Callable[[], np.ndarray]:
+    """A call that gives the new tokens, [batch, new_tokens]."""
     config = initial.complete(Config(init_from=f"hf:{folder}", mesh=MeshConfig(data=1)))
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):

@@ -218,7 +218,7 @@ def test_both_sides_write_the_same_text(shape, tmp_path):
     shape = shape._replace(sizes=sizes, hidden_size=64, heads=4, layers=2, vocabulary=64, prompt=4, new_tokens=8)
     folder = str(tmp_path)
     bench_inference_peer.write_checkpoint(shape, folder)
-    ours = bench_inference_peer.our_call(shape, folder, 3)()
+    ours = bench_inference_peer.make_call(shape, folder, 3)()
     assert ours.shape == (3, 8)
     for experts in bench_inference_peer.EXPERTS:
         np.testing.assert_array_equal(bench_inference_peer.peer_call(shape, folder, 3, experts)(), ours)
