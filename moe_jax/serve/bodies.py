@@ -153,7 +153,7 @@ class Reader:
         if room < (limit or 1):
             asked = f"{len(prompt_T)} tokens, and the answer up to {limit}," if limit else f"{len(prompt_T)} tokens,"
             raise ApiError(
-                f"{field} has {asked} which leaves the model's context of {self._max_length} tokens; shorten"
+                f"{field} has {asked} which is more than the model's context of {self._max_length} tokens; shorten"
                 f" {field}{' or lower max_tokens' if limit else ''}.",
                 field,
                 "context_length_exceeded",
