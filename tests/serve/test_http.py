@@ -233,7 +233,11 @@ REFUSED = [
     (completion(max_token=5), "max_token", "\"max_token\" is not a field that this server knows; did you mean 'max_tokens'?"),
     (completion(**{"\ud800": 5}), "\ud800", "is not a field that this server knows"),
     (completion(prompt="a" * 64), "prompt", "prompt has 65 tokens, which is more than the model's context of 64 tokens"),
-    (completion(max_tokens=62), "prompt", "prompt has 3 tokens, and the answer up to 62, which is more than the model's context"),
+    (
+        completion(max_tokens=62),
+        "prompt",
+        "prompt has 3 tokens, and the answer up to 62, which is more than the model's context",
+    ),
     (completion(max_tokens=10**30), "prompt", "is more than the model's context"),
     (chat(messages=None), "messages", "messages is missing; give"),
     (chat(messages=[]), "messages", "messages = [] must be a list of at least one message"),
