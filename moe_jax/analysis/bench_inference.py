@@ -47,7 +47,7 @@ class Experts(NamedTuple):
 class Sizes(NamedTuple):
     """What is measured. The models differ in their feed-forward networks alone."""
 
-    moes: tuple[Experts, ...] = (Experts(8, 2, 1408), Experts(64, 8, 352))
+    moes: tuple[Experts, ...] = (Experts(8, 2, 2816), Experts(64, 8, 704))
     batches: tuple[int, ...] = (1, 4, 16, 64, 256)
     prompt: int = 512  # tokens that prefill reads
     context: int = 256  # tokens that a row has room for while it is decoded, all of which every step looks at
