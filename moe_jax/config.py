@@ -73,6 +73,11 @@ class MoEConfig:
     remat_exchange: bool = False
     grouped_matmul: str = "auto"
 
+    @property
+    def may_drop(self) -> bool:
+        """Whether an assignment can be dropped, be it at its expert or on the way there."""
+        return self.dispatch == "capacity" or (self.exchange_factor > 0 and self.exchange_overflow == "drop")
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -229,6 +234,7 @@ class TrainConfig:
     record: str = ""
     replay: str = ""
     replay_weights: bool = False
+    observe: bool = True
 
 
 @dataclass(frozen=True)

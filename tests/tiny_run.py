@@ -96,9 +96,10 @@ def program(name: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
-    """The lines of metrics.jsonl without the figure that no two runs share."""
+    """The lines of metrics.jsonl without the figures that no two runs share."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "train/tokens_per_second"} for line in lines]
+    times = "train/tokens_per_second", "time/"
+    return [{name: value for name, value in line.items() if not name.startswith(times)} for line in lines]
 
 
 def saved_state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:

@@ -40,7 +40,7 @@ def rows(config: Config, repeats: int) -> list[dict]:
     contenders = {"moe": config, "dense": dense_twin(config)}
     with jax.set_mesh(mesh):
         batch = shard_batch(mesh, {name: batch[name] for name in run.BATCH_FIELDS})
-        steps = {name: _stepper(c, batch) for name, c in contenders.items()}
+        steps = {name: stepper(c, batch) for name, c in contenders.items()}
         times = timing.interleaved(steps, repeats=repeats, warmup=2)
     tokens = config.data.batch_size * config.data.seq_len
     ratio, low, high = timing.ratio(times["dense"], times["moe"])  # of speeds: dense time over MoE time
@@ -66,7 +66,8 @@ def rows(config: Config, repeats: int) -> list[dict]:
     return results
 
 
-def _stepper(config: Config, batch) -> Callable[[], jax.Array]:
+def stepper(config: Config, batch: dict[str, jax.Array]) -> Callable[[], jax.Array]:
+    """A function that takes one more step from a fresh state on the same batch, on the ambient mesh, and returns the loss."""
     graphdef, optimizer, state = create(config)
     step, key = make_train_step(config, graphdef, optimizer), jax.random.key(0)
     held = [state]

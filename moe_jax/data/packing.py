@@ -22,8 +22,8 @@ class PackedRows:
     """A random-access source of rows, a pure function of (split, seq_len, seed, index).
 
     A row is a dict: int32 [S] `tokens`, `targets`, `segment_ids` (1, 2, ... for each piece of a document in the row, 0 for
-    padding) and `positions` (from 0 at the start of each piece), float32 [S] `loss_weights` (0 or 1), int32 []
-    `row_id` (the index).
+    padding), `positions` (from 0 at the start of each piece) and `document_ids` (which of the split's documents, -1 for
+    padding), float32 [S] `loss_weights` (0 or 1), int32 [] `row_id` (the index).
 
     Args:
       split: documents as tokens.
@@ -64,7 +64,7 @@ class PackedRows:
     def _row(self, index: int) -> Row:
         size, begin = self.seq_len + 1, index * self.seq_len
         stream = np.full(size, self.split.eot, np.int32)
-        piece, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        piece, positions, documents = np.zeros(size, np.int32), np.zeros(size, np.int32), np.full(size, -1, np.int32)
         filled, number = 0, 1
         document = int(np.searchsorted(self._starts, begin, side="right")) - 1
         while filled < size and document < len(self._order):
@@ -74,6 +74,7 @@ class PackedRows:
             here = slice(filled, filled + length)
             stream[here] = self.split.tokens[source : source + length]
             piece[here] = number
+            documents[here] = self._order[document]
             positions[here] = np.arange(length)
             filled, number, document = filled + length, number + 1, document + 1
         return {
@@ -81,6 +82,7 @@ class PackedRows:
             "targets": stream[1:],
             "segment_ids": piece[:-1],
             "positions": positions[:-1],
+            "document_ids": documents[:-1],
             "loss_weights": ((piece[1:] == piece[:-1]) & (piece[1:] > 0)).astype(np.float32),
             "row_id": np.int32(index),
         }

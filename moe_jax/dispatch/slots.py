@@ -92,7 +92,8 @@ def claim_keys(routing: Routing, priority: str) -> tuple[jax.Array, ...]:
     place_A = jnp.arange(routing.expert_A.shape[0], dtype=jnp.int32)
     choice_A = place_A // num_tokens if routing.choices else jnp.zeros_like(place_A)
     if priority == "probability":
-        return (-jax.lax.stop_gradient(routing.weight_A), choice_A)
+        priority_A = routing.weight_A if routing.priority_A is None else routing.priority_A
+        return (-jax.lax.stop_gradient(priority_A), choice_A)
     return (choice_A,)
 
 

@@ -28,6 +28,7 @@ def moe_island(
     state: Mapping[str, jax.Array],
     weights: Mapping[str, jax.Array],
     noise_key: jax.Array | None,
+    loss_probe: Mapping[str, jax.Array] | None = None,
     *,
     router: Router,
     moe: MoEConfig,
@@ -51,6 +52,8 @@ def moe_island(
       state: the router's, by `Router.init_state`; replicated.
       weights: expert arrays by name, the suffix giving their axes and so their sharding: `w_up_EDF`, `w_down_EFD`.
       noise_key: typed key of this step and layer; None for no noise.
+      loss_probe: arrays as `params`, whatever their values. Their gradient is the part of that of `params` which comes through the
+        routing sums, and so from the auxiliary losses of this layer. None asks for nothing.
       router: the routing rule.
       moe: names dispatch, exchange, and whether per-sequence balance sums are wanted.
       make_expert_fn: from the gathered weights of this device's experts to the function that applies them.
@@ -60,7 +63,8 @@ def moe_island(
       record: whether to return the choices too.
 
     Returns: y_BSD like x; the routing sums and the counts of the global batch; and arrays of one row a token, [B, S, ...] split as x:
-      the router's `per_token`, and with `record` "choice" and "choice_weight" (`routing.record.choices_of`). `bytes_sent` adds up all
+      the router's `per_token`, and with `record` "choice" and "choice_weight" (`routing.record.choices_of`), and "dropped", int32, how
+      many of a token's choices no expert answered. `bytes_sent` adds up all
       devices, those along tensor too; the gathers of weights and the sum over tensor are not in it.
 
     Raises:
@@ -70,13 +74,14 @@ def moe_island(
     specs = {name: spec_of(w, axes.weight_spec(name.rsplit("_", 1)[1])) for name, w in weights.items()}
     tensor = (axes.tensor,) if axes.tensor else ()
 
-    def body(x_BSD, rows, params, state, weights, beside_BSD, noise_key):
+    def body(x_BSD, rows, params, state, weights, beside_BSD, noise_key, loss_probe):
         in_lines = {name: array.reshape(-1, *array.shape[2:]) for name, array in ({"x_TD": x_BSD} | rows).items()}
         about = {"num_sequences": len(x_BSD), "training": training, "batch": Spread(axes.batch) if axes.batch else Alone()}
         tokens = Tokens(**in_lines, noise_key=noise_key, **about)
         routing = router(tokens, params, state)
         by_sequence = moe.balance_loss_scope == "sequence"
-        sums = routing_sums(routing, tokens.mask_T, len(x_BSD), sequence_balance=by_sequence)
+        of_losses = routing if loss_probe is None else router(tokens, jax.tree.map(_tapped, params, loss_probe), state)
+        sums = routing_sums(of_losses, tokens.mask_T, len(x_BSD), sequence_balance=by_sequence)
         weights = jax.tree.map(partial(_gather_fsdp, fsdp=axes.fsdp), weights, specs)
         y_TD, stats, beside_BSD = _run_experts(x_BSD, tokens, routing, make_expert_fn(weights), beside_BSD, moe, axes)
         y_TD = jax.lax.psum(y_TD, tensor)
@@ -86,7 +91,7 @@ def moe_island(
             padding=jnp.sum(~tokens.mask_T, dtype=jnp.int32) * (routing.choices or 0),
             bytes_sent=stats.bytes_sent * math.prod(map(axis_size, tensor)),
         )
-        per_token = routing.per_token | (dict(zip(RECORDED, choices_of(routing), strict=True)) if record else {})
+        per_token = routing.per_token | (_record(x_BSD, routing, tokens, moe, axes) if record else {})
         per_token = {name: array.reshape(*x_BSD.shape[:2], *array.shape[1:]) for name, array in per_token.items()}
         return y_BSD, per_token, *(jax.lax.psum((sums, stats), axes.batch) if axes.batch else (sums, stats))
 
@@ -94,13 +99,40 @@ def moe_island(
     row_specs = {name: axes.batch_spec(array.ndim) for name, array in rows.items()}
     in_specs = (rows_BSD, row_specs, P(), P(), specs, rows_BSD)
     arrays = (x_BSD, dict(rows), dict(params), dict(state), dict(weights), beside_BSD)
+    loss_probe = None if loss_probe is None else _lay_out_all(P(), dict(loss_probe))
     arrays = jax.tree.map(_lay_out_all, in_specs, arrays, is_leaf=lambda leaf: isinstance(leaf, P))
     island = body
     if not jax.sharding.get_abstract_mesh().empty:
-        island = jax.shard_map(body, in_specs=(*in_specs, P()), out_specs=(rows_BSD, P(rows_BS[0]), P(), P()))
-    y_BSD, per_token, sums, stats = island(*arrays, noise_key)
+        island = jax.shard_map(body, in_specs=(*in_specs, P(), P()), out_specs=(rows_BSD, P(rows_BS[0]), P(), P()))
+    y_BSD, per_token, sums, stats = island(*arrays, noise_key, loss_probe)
     per_token = {name: lay_out(array, whole.batch_spec(array.ndim)) for name, array in per_token.items()}
     return lay_out(y_BSD, whole.batch_spec(3)), sums, stats, per_token
+
+
+@jax.custom_vjp
+def _tapped(param, probe):
+    """`param`, whose gradient goes to `probe` too."""
+    return param
+
+
+_tapped.defvjp(lambda param, probe: (param, None), lambda _, gradient: (gradient, gradient))
+
+
+def _record(x_BSD, routing, tokens, moe, axes):
+    """What the router chose for each token, and how many of these choices came to nothing."""
+    choice_TM, weight_TM = choices_of(routing)
+    dropped_T = _dropped(x_BSD, routing, tokens, moe, axes) if moe.may_drop else jnp.zeros_like(choice_TM[:, 0])
+    return dict(zip(RECORDED, (choice_TM, weight_TM), strict=True)) | {"dropped": dropped_T}
+
+
+def _dropped(x_BSD, routing, tokens, moe, axes):
+    """How many of each token's choices got no answer, int32 [T]: what does not come home when it sends the number 1 to its experts."""
+    made_A = (routing.expert_A < routing.num_experts).astype(jnp.int32)
+    made_T = jnp.zeros_like(tokens.token_id_T).at[routing.token_A].add(made_A)
+    by_one = routing.replace(weight_A=made_A.astype(jnp.float32), priority_A=routing.weight_A, beside_TD=None)
+    of_ones = tokens.replace(x_TD=jnp.ones_like(tokens.x_TD[:, :1]))
+    sum_T1, _, _ = _run_experts(x_BSD[:, :, :1], of_ones, by_one, lambda x, group_sizes_E=None: x, None, moe, axes)
+    return made_T - jnp.round(sum_T1[:, 0]).astype(jnp.int32)
 
 
 def _lay_out_all(spec, arrays):

@@ -153,6 +153,7 @@ class MoE(nnx.Module):
         vocabulary_BS: jax.Array | None = None,
         replay: Replay | None = None,
         record: bool = False,
+        loss_probe: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, MoEAux]:
         """Applies the layer to x_BSD.
 
@@ -165,6 +166,7 @@ class MoE(nnx.Module):
           vocabulary_BS: int32, what the tokens are; only routers that go by the word ask for it.
           replay: choices to make again.
           record: whether `MoEAux.per_token` tells the choices.
+          loss_probe: as `moe_island`.
 
         Raises:
           ValueError: as `moe_island`, and as the router.
@@ -188,6 +190,7 @@ class MoE(nnx.Module):
             state,
             self.experts.weights(self.dtype),
             noise_key if self.router.uses_noise else None,
+            loss_probe,
             router=self.router,
             moe=self.config,
             make_expert_fn=partial(self.experts.make_fn, activation=self.activation, **settings),

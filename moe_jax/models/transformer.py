@@ -130,6 +130,7 @@ class Transformer(nnx.Module):
         *,
         replay: Replay | None = None,
         record: bool = False,
+        loss_probe: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, MoEAux | None]:
         """What the head makes logits of.
 
@@ -141,6 +142,7 @@ class Transformer(nnx.Module):
           token_id_BS: int32 places in the global batch (default: of this batch), which the noise is a function of.
           replay: choices to make again, of every MoE layer: [L, B, S, M].
           record: whether `MoEAux.per_token` tells the choices.
+          loss_probe: as `MoE`, of every MoE layer: [L, ...].
 
         Returns:
           x_BSD after the last norm, in the compute dtype, and aux as `__call__`.
@@ -151,12 +153,13 @@ class Transformer(nnx.Module):
         tokens_BS, segment_ids_BS, positions_BS, token_id_BS = _split(tokens_BS, segment_ids_BS, positions_BS, token_id_BS)
         x_BSD, inputs, aux = self._embed(tokens_BS), (segment_ids_BS, positions_BS), None
         if self.num_dense:
-            of_layers = None, None, self._sees_all(0, self.num_dense)
+            of_layers = {"sees_all": self._sees_all(0, self.num_dense)}
             x_BSD, _ = self._scan(self.dense, x_BSD, inputs, of_layers, {}, self.num_dense)
         if self.num_groups:
             keys_L = None if noise_key is None else jax.random.split(noise_key, self.num_groups)
             same = {"token_id_BS": token_id_BS, "vocabulary_BS": tokens_BS, "record": record}
-            of_layers = keys_L, replay, self._sees_all(self.num_dense, self.num_groups, self.config.moe.every)
+            of_layers = {"noise_key": keys_L, "replay": replay, "loss_probe": loss_probe}
+            of_layers["sees_all"] = self._sees_all(self.num_dense, self.num_groups, self.config.moe.every)
             x_BSD, aux = self._scan(self.groups, x_BSD, inputs, of_layers, same, self.num_groups)
         return self.final_norm(x_BSD), aux
 
@@ -168,6 +171,8 @@ class Transformer(nnx.Module):
         positions_BS: jax.Array,
         noise_key: jax.Array | None,
         token_id_BS: jax.Array,
+        *,
+        loss_probe: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, MoEAux | None]:
         """Logits of the token after the next (2412.19437, eqs. 21-23), for a model with `mtp_layers`.
 
@@ -176,6 +181,7 @@ class Transformer(nnx.Module):
           next_BS: int32, the next token of each.
           segment_ids_BS: 0 also where the next token is of another document or not known: such a place takes no part.
           positions_BS, noise_key, token_id_BS: as in `hidden`.
+          loss_probe: as `hidden`, of this one layer.
 
         Returns: as `__call__`, the aux of the one layer [1, ...].
         """
@@ -183,7 +189,7 @@ class Transformer(nnx.Module):
         x_BSD = self.mtp.join(x_BSD, self._embed(next_BS))
         key_1 = None if noise_key is None else jax.random.fold_in(noise_key, self.num_groups)[None]
         same = {"token_id_BS": token_id_BS, "vocabulary_BS": next_BS} if self.num_groups else {}
-        of_layers = key_1, None, self._sees_all(self.config.num_layers, 1)
+        of_layers = {"noise_key": key_1, "loss_probe": loss_probe, "sees_all": self._sees_all(self.config.num_layers, 1)}
         x_BSD, aux = self._scan(self.mtp.block, x_BSD, (segment_ids_BS, positions_BS), of_layers, same, 1)
         return self.logits(self.mtp.final_norm(x_BSD)), aux
 
@@ -202,13 +208,12 @@ class Transformer(nnx.Module):
         return jnp.asarray([self.config.attention.layer_window(layer) == 0 for layer in layers]).reshape(shape)
 
     def _scan(self, stack, x_BSD, inputs, of_layers, same, length):
-        """Runs a stack; `of_layers` are (noise keys, replay, `_sees_all`) of each layer, `same` what all MoE layers are told."""
+        """Runs a stack; `of_layers` has `_sees_all` and what each MoE layer is told, `same` what all of them are told."""
         graphdef, state = nnx.split(stack)
 
         def body(x_BSD, layer):
-            layer_state, (noise_key, replay, sees_all) = layer
-            for_moe = same | {"noise_key": noise_key, "replay": replay} if same else {}
-            return nnx.merge(graphdef, layer_state)(x_BSD, *inputs, sees_all, **for_moe)
+            layer_state, told = layer
+            return nnx.merge(graphdef, layer_state)(x_BSD, *inputs, **told, **same)
 
         if self.config.remat != "none":
             body = jax.checkpoint(body, policy=remat_policy(self.config))

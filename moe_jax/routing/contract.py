@@ -80,6 +80,9 @@ class Routing:
       logits_TE: float32, for the z-loss; wider where there are experts without parameters.
       choices: K when the list is exactly `token_A == tile(arange(T), K)` (token choice), else None. A static fact that lets a
         combine be a gather and a sum in place of a scatter.
+      score_TE: float32, what the choice went by, -inf for experts that were closed; None for the probabilities, or anything that
+        grows with them.
+      priority_A: float32, who claims a full buffer first under `moe.capacity_priority="probability"`; None for the weights.
       beside_TD: float32, what the router itself adds to the token's sum (experts without parameters); None for nothing.
       sums: the family's own sums over valid tokens, by name. They add up over devices and microbatches; `Router.loss` and
         `Router.update` see those of the whole batch.
@@ -94,6 +97,8 @@ class Routing:
     probs_TE: jax.Array
     logits_TE: jax.Array
     choices: int | None = struct.field(pytree_node=False, default=None)
+    score_TE: jax.Array | None = None
+    priority_A: jax.Array | None = None
     beside_TD: jax.Array | None = None
     sums: dict[str, jax.Array] = struct.field(default_factory=dict)
     per_token: dict[str, jax.Array] = struct.field(default_factory=dict)

@@ -91,13 +91,14 @@ class DeepSeek(Router):
         else:
             affinity_TE, log_affinity_TE = jax.nn.softmax(logits_TE), jax.nn.log_softmax(logits_TE)
         biased_TE = affinity_TE + state["bias_E"]
-        expert_TK = choose(self._limit_groups(biased_TE), self.top_k, tokens.replay_TM)  # eqs. 14 and 16
+        score_TE = self._limit_groups(biased_TE)
+        expert_TK = choose(score_TE, self.top_k, tokens.replay_TM)  # eqs. 14 and 16
         normalized_TK = jax.nn.softmax(chosen(log_affinity_TE, expert_TK))  # eq. 13: s / sum s
         weight_TK = normalized_TK if self.normalize else chosen(affinity_TE, expert_TK)
         probs_TE = jax.nn.softmax(log_affinity_TE)  # eq. 19
         by_quantile = self.bias_update == "quantile"
         sums = {"margin_EQ": count_margins(biased_TE, self.top_k, tokens.mask_T)} if by_quantile else {}
-        return token_choice(expert_TK, self.scale * weight_TK, probs_TE, logits_TE, tokens, sums=sums)
+        return token_choice(expert_TK, self.scale * weight_TK, probs_TE, logits_TE, tokens, sums=sums, score_TE=score_TE)
 
     def _limit_groups(self, biased_TE: jax.Array) -> jax.Array:
         """Node-limited routing: -inf outside the M groups whose `group_best` best biased affinities have the highest sums.

@@ -29,6 +29,7 @@ class RoutingSums:
       sequence_balance_sum: float32, sum over sequences of each one's own balance loss; differentiable. 0 unless asked for.
       num_tokens: int32, valid tokens.
       num_sequences: int32, sequences with at least one valid token.
+      margin_sum: float32, sum over valid tokens of `score_margin`; no gradient. None where a router makes no such choice.
       own: the family's own sums by name (`Routing.sums`).
     """
 
@@ -39,6 +40,7 @@ class RoutingSums:
     sequence_balance_sum: jax.Array
     num_tokens: jax.Array
     num_sequences: jax.Array
+    margin_sum: jax.Array | None = None
     own: dict[str, jax.Array] = struct.field(default_factory=dict)
 
     def __add__(self, other: "RoutingSums") -> "RoutingSums":
@@ -77,6 +79,7 @@ def routing_sums(
         )
     probs_TE = jnp.where(mask_T[:, None], routing.probs_TE, 0.0)
     z_T = jnp.square(jax.nn.logsumexp(routing.logits_TE, axis=-1))
+    margin_T = score_margin(routing)
     balance_sum = _sequence_balance_sum(routing, probs_TE, mask_T, num_sequences) if sequence_balance else jnp.zeros(())
     return RoutingSums(
         load_E=count_load(routing),
@@ -86,8 +89,27 @@ def routing_sums(
         sequence_balance_sum=balance_sum,
         num_tokens=jnp.sum(mask_T, dtype=jnp.int32),
         num_sequences=jnp.sum(mask_T.reshape(num_sequences, -1).any(1), dtype=jnp.int32),
+        margin_sum=None if margin_T is None else jnp.sum(jnp.where(mask_T, margin_T, 0.0)),
         own=dict(routing.sums),
     )
+
+
+def score_margin(routing: Routing | SoftRouting) -> jax.Array | None:
+    """How near each token was to another choice, [T] float32: the least score of its experts less the greatest of the others.
+
+    In the scores that the router chooses by (`Routing.score_TE`); negative where it chose against them (noise, a replay, a
+    balanced assignment). 0 for a token without experts, or whose other experts were all closed to it. None where nothing is chosen
+    by token: a soft router, an expert's choice, all experts at once.
+    """
+    if isinstance(routing, SoftRouting) or not routing.choices or routing.choices >= routing.num_experts:
+        return None
+    score_TE = jax.lax.stop_gradient(routing.probs_TE if routing.score_TE is None else routing.score_TE)
+    expert_TK = routing.expert_A.reshape(routing.choices, -1).T
+    is_chosen_TE = jnp.any(expert_TK[:, :, None] == jnp.arange(routing.num_experts), axis=1)
+    least_T = jnp.min(jnp.where(is_chosen_TE, score_TE, jnp.inf), axis=1)
+    greatest_T = jnp.max(jnp.where(is_chosen_TE, -jnp.inf, score_TE), axis=1)
+    margin_T = least_T - greatest_T
+    return jnp.where(jnp.isfinite(margin_T), margin_T, 0.0)
 
 
 def _sequence_balance_sum(routing, probs_TE, mask_T, num_sequences):

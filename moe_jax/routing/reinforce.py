@@ -89,7 +89,8 @@ class Reinforce(Router):
         if self.entropy_weight > 0:
             entropy_T = -jnp.sum(probs_TE * jax.nn.log_softmax(logits_TE), axis=-1)
             sums = {"policy_entropy": jnp.sum(jnp.where(tokens.mask_T, entropy_T, 0.0))}
-        return token_choice(expert_TK, weight_TK, probs_TE, logits_TE, tokens, sums=sums, per_token=per_token)
+        more = {"sums": sums, "per_token": per_token, "score_TE": scores_TE}
+        return token_choice(expert_TK, weight_TK, probs_TE, logits_TE, tokens, **more)
 
     def loss(self, sums: RoutingSums, state: dict[str, jax.Array]) -> jax.Array:
         """Minus the weighted mean entropy of the policy, nats."""

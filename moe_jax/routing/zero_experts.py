@@ -121,6 +121,7 @@ class ZeroExperts(Router):
             jax.nn.softmax(logits_TX[:, :E]),
             logits_TX,
             tokens,
+            score_TE=biased_TX[:, :E],
             beside_TD=self._answer(tokens.x_TD.astype(jnp.float32), choice_TK, weight_TK, params),
             sums=self._sums(choice_TK, probs_TX, tokens.mask_T) if self.has_loss else {},
             choice_TM=choice_TK,

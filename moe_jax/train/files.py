@@ -4,13 +4,13 @@ import os
 import pathlib
 
 
-def write_atomic(path: str | os.PathLike, text: str) -> None:
-    """Replaces `path` by `text` (UTF-8): a neighbour is written, flushed to disk and renamed over it."""
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+    """Replaces `path` by `content` (text as UTF-8): a neighbour is written, flushed to disk and renamed over it."""
     path = pathlib.Path(path)
     neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(neighbour, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(neighbour, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(neighbour, path)

@@ -6,7 +6,6 @@ function of it) and the position in the data. A run continued from a checkpoint 
 
 import math
 import pathlib
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +23,13 @@ from moe_jax.models.generator import Generator, continue_texts
 from moe_jax.models.inference_weights import lay_out_for_inference
 from moe_jax.models.sampling import Sampling
 from moe_jax.sizes import with_vocabulary
-from moe_jax.train import run
+from moe_jax.train import observation, run
 from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.clock import Clock
 from moe_jax.train.evaluate import evaluate, make_eval_step
+from moe_jax.train.expert_weights import expert_weights
+from moe_jax.train.observatory import LoadWindow, Observer, can_observe
+from moe_jax.train.observatory import summary as summary_of
 from moe_jax.train.progress import Progress
 from moe_jax.train.run_info import write_run_info
 from moe_jax.train.state import TrainState, create
@@ -55,6 +58,8 @@ class _Run:
     batches: dict[str, list[dict]]
     origin: dict[str, str | int]
     tape: Tape
+    observes: bool  # evaluations, too: the figures of steps go by the config alone
+    window: LoadWindow
 
 
 def train(config: Config) -> dict[str, float | np.ndarray]:
@@ -147,18 +152,21 @@ def _train(config, mesh, corpus, checkpoints, start, tape, source):
     )
     weights = _weights(config, mesh, checkpoints, start, source)
     graphdef, optimizer, state = create(config, weights)
+    observes = config.train.observe and can_observe(config.model)
     shared = _Run(
         config,
         mesh,
         corpus,
         graphdef,
         make_train_step(config, graphdef, optimizer),
-        make_eval_step(config.model, graphdef, corpus.tokenizer.token_bytes()),
+        make_eval_step(config.model, graphdef, corpus.tokenizer.token_bytes(), observe=observes),
         checkpoints,
         iterator,
         run.evaluation_batches(config, corpus, mesh),
         _origin(config, corpus),
         tape,
+        observes,
+        LoadWindow(),
     )
     if start:
         state = run.abstract_state(config, mesh)  # frees the fresh state before the saved one is read
@@ -169,7 +177,7 @@ def _train(config, mesh, corpus, checkpoints, start, tape, source):
     write_run_info(config.workdir, to_dict(config))  # nothing is refused from here on
     save_tokenizer(corpus.tokenizer, config.workdir)
     if start == config.train.steps:
-        return _finish(shared, state, _evaluate(shared, state))
+        return _finish(shared, state, _evaluate(shared, state, start))
     return _finish(shared, *_steps(shared, state, start or 0))
 
 
@@ -186,71 +194,64 @@ def _steps(shared: _Run, state: TrainState, start: int):
     config = shared.config.train
     key = jax.random.key(config.seed)
     tokens = shared.config.data.batch_size * shared.config.data.seq_len
-    evaluation, pending, clock = {}, None, _Clock(tokens, start)
+    evaluation, pending, clock = {}, None, Clock(tokens, start)
     with (
         MetricWriter(shared.config.workdir, config.tensorboard, start or None) as writer,
         Progress(config.steps, tokens, start) as progress,
         shared.tape,
     ):
         for done in range(start + 1, config.steps + 1):
-            batch = next(shared.iterator)
-            batch = {name: batch[name] for name in run.BATCH_FIELDS}
-            told = shard_batch(shared.mesh, shared.tape.tell(train_key(done), batch))
-            state, metrics = shared.train_step(state, told, key)
-            metrics, recorded = take_record(metrics)
-            if pending is not None:
-                _look(shared, *pending)
-            pending = (done, metrics, batch, recorded)
+            with clock.part("data"):
+                batch = next(shared.iterator)
+                batch = {name: batch[name] for name in run.BATCH_FIELDS}
+                told = shard_batch(shared.mesh, shared.tape.tell(train_key(done), batch))
+            with clock.part("compile" if done == start + 1 else "step"):
+                state, metrics = shared.train_step(state, told, key)
+                metrics, recorded = take_record(metrics)
+                if pending is not None:
+                    _look(shared, *pending)
+                pending = (done, metrics, batch, recorded)
+                if done == start + 1:
+                    jax.block_until_ready(metrics)
             last = done == config.steps
             logs, evaluates, saves = (
                 last or done % every == 0 for every in (config.log_every, config.eval_every, config.checkpoint_every)
             )
-            if done == start + 1:  # compiled: from here on the clock counts
-                jax.block_until_ready(metrics)
+            if done == start + 1:
                 clock.restart(done)
             if not (logs or evaluates or saves):
                 continue
-            _look(shared, *pending)
+            with clock.part("step"):
+                _look(shared, *pending)
             pending, record = None, {}
             if logs:
                 speed = clock.tokens_per_second(done)
-                record = jax.device_get(metrics) | {"train/tokens_per_second": speed}
+                record = jax.device_get(metrics) | {"train/tokens_per_second": speed} | shared.window.close()
                 progress.update(done, float(record["train/loss"]), speed)
             if evaluates:
-                evaluation = _evaluate(shared, state)
+                with clock.part("evaluate"):
+                    evaluation = _evaluate(shared, state, done)
                 record |= evaluation
                 progress.message(f"step {done} validation loss {evaluation['eval/loss']:.4f}")
             if record:
-                writer.write(done, record)
+                writer.write(done, record | (clock.seconds() if logs else {}))
             if saves:
                 shared.tape.sync()  # a record has every step that a checkpoint has
+                shared.window.close()  # a run that goes on from here has no other
                 figures = {name: value for name, value in evaluation.items() if np.ndim(value) == 0} if evaluates else {}
                 extra = {"data": shared.iterator.get_state(), "metrics": figures, "origin": shared.origin}
-                shared.checkpoints.save(done, state, extra)
+                with clock.part("checkpoint"):
+                    shared.checkpoints.save(done, state, extra)
             if evaluates or saves:
                 clock.restart(done)
     return state, evaluation
 
 
-class _Clock:
-    """Tokens per second between looks, without what is not training (compilation, evaluation, checkpoints)."""
-
-    def __init__(self, tokens_per_step, step):
-        self._tokens_per_step = tokens_per_step
-        self.restart(step)
-
-    def restart(self, step):
-        self._step, self._time = step, time.perf_counter()
-
-    def tokens_per_second(self, step):
-        seconds, steps = time.perf_counter() - self._time, step - self._step
-        self.restart(step)
-        return steps * self._tokens_per_step / seconds
-
-
 def _look(shared, step, metrics, batch, recorded):
     """What is done with every step once it is computed."""
     _refuse_non_finite(shared, step, metrics)
+    if shared.observes:
+        shared.window.add(jax.device_get(metrics["router/load"]))
     shared.tape.write(train_key(step), batch, recorded)
 
 
@@ -267,8 +268,19 @@ def _refuse_non_finite(shared, step, metrics):
     )
 
 
-def _evaluate(shared, state):
-    return evaluate(shared.eval_step, state.params, state.router_state, shared.mesh, shared.batches)
+def _evaluate(shared, state, step):
+    """The metrics of an evaluation, whose observation is written."""
+    config, corpus, observer = shared.config, shared.corpus, None
+    if shared.observes:
+        observer = Observer(config, tuple(shared.batches), corpus.validation.counts())
+    metrics = evaluate(shared.eval_step, state.params, state.router_state, shared.mesh, shared.batches, observer=observer)
+    if observer is None:
+        return metrics
+    now = observer.finish(step, state.router_state, expert_weights(state.params), corpus.tokenizer.kind)
+    before = observation.latest(config.workdir, step)
+    if jax.process_index() == 0:
+        now.save(observation.path_of(config.workdir, step))
+    return metrics | summary_of(now, before if before and observation.comparable(now, before) else None)
 
 
 def _finish(shared: _Run, state: TrainState, evaluation):

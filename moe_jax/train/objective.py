@@ -115,6 +115,7 @@ def objective(
     noise_key: jax.Array | None,
     totals: Totals,
     choose_sums: Callable[[losses.RoutingSums], losses.RoutingSums] = lambda own: own,
+    loss_probe: dict[str, jax.Array] | None = None,
     *,
     graphdef: nnx.GraphDef,
     config: ModelConfig,
@@ -131,21 +132,26 @@ def objective(
       totals: of the whole batch. They say whether the token after the next is predicted.
       choose_sums: from this microbatch's sums [L, ...] to those that the balance loss takes f from, and where the router's own loss is
         linearised.
-      record: whether to return `choice` and `choice_weight`, [B, S, L, M], as `batch` takes them.
+      loss_probe: arrays like the routers' parameters, [L, ...] (`routers`): their gradient is the part of the parameters' that comes
+        from the auxiliary losses of the same layer.
+      record: whether to return `choice` and `choice_weight`, [B, S, L, M], as `batch` takes them, and `dropped`, int32 [B, S, L]: how
+        many of a token's choices no expert answered.
     """
     model = nnx.merge(graphdef, params, router_state)
     replay = _replay(batch)
     inputs = batch["tokens"], batch["segment_ids"], batch["positions"], noise_key, batch["token_id"]
-    x_BSD, aux = model.hidden(*inputs, replay=replay, record=record)
+    of_hidden, of_ahead = _probes(loss_probe, config)
+    x_BSD, aux = model.hidden(*inputs, replay=replay, record=record, loss_probe=of_hidden)
     nll_BS, z_BS = cross_entropy(model.logits(x_BSD), batch["targets"])
     sums = Sums(jnp.sum(nll_BS * batch["loss_weights"]), jnp.sum(z_BS * batch["loss_weights"]))
     loss = sums.nll / totals.targets + config.logit_z_loss_weight * sums.logit_z / totals.targets
-    recorded = {name: jnp.moveaxis(aux.per_token[name], 0, 2) for name in RECORDED} if record and aux is not None else {}
+    names = (*RECORDED, "dropped") if record and aux is not None else ()
+    recorded = {name: jnp.moveaxis(aux.per_token[name], 0, 2) for name in names}
     reward_LBS, weight_LBS = -jax.lax.stop_gradient(nll_BS)[None], batch["loss_weights"][None]
     if totals.ahead is not None:
         later = ahead(batch)
         inputs = later["tokens"], later["segment_ids"], batch["positions"], noise_key, batch["token_id"]
-        logits_BSV, last = model.ahead(x_BSD, *inputs)
+        logits_BSV, last = model.ahead(x_BSD, *inputs, loss_probe=of_ahead)
         nll_BS, _ = cross_entropy(logits_BSV, later["targets"])
         sums = sums.replace(nll_ahead=jnp.sum(nll_BS * later["loss_weights"]))
         loss += config.mtp_loss_weight * sums.nll_ahead / totals.ahead.targets
@@ -159,6 +165,15 @@ def objective(
         return loss, (sums, recorded)
     more, by_layer = _router_terms(aux, router_state, totals, choose_sums, reward_LBS, weight_LBS, config.moe)
     return loss + more, (sums.replace(**by_layer, routing=aux.sums, stats=aux.stats), recorded)
+
+
+def _probes(loss_probe, config):
+    """The probe of the layers that `hidden` runs, and of the one that predicts the token after the next."""
+    if loss_probe is None:
+        return None, None
+    count = config.num_moe_layers
+    ahead = {name: array_L[count:] for name, array_L in loss_probe.items()} if config.mtp_layers else None
+    return {name: array_L[:count] for name, array_L in loss_probe.items()}, ahead
 
 
 def _one_more(x_1BS, last_1BS, count):

@@ -22,6 +22,7 @@ from moe_jax.train.run_info import read_config_tree
 from moe_jax.train.state import TrainState, create
 
 BATCH_FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_weights")
+EVALUATION_FIELDS = (*BATCH_FIELDS, "document_ids")
 BEST_METRIC = "eval/loss"
 
 
@@ -82,7 +83,7 @@ def evaluation_batches(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh) 
     batch_size = -(-microbatch // data_shards(mesh)) * data_shards(mesh)
     return {
         domain: [
-            {name: batch[name] for name in BATCH_FIELDS}
+            {name: batch[name] for name in EVALUATION_FIELDS}
             for batch in validation_batches(
                 corpus.validation,
                 config.data.seq_len,

@@ -18,6 +18,8 @@ from moe_jax.config import Config
 from moe_jax.mesh import BATCH_AXES
 from moe_jax.models.transformer import innermost, token_ids, with_innermost
 from moe_jax.routing import make_router, metrics
+from moe_jax.routing.contract import Router
+from moe_jax.routing.record import RECORDED
 from moe_jax.train import objective as obj
 from moe_jax.train.optimizer import learning_rate
 from moe_jax.train.state import TrainState
@@ -37,7 +39,7 @@ def make_train_step(
     among them, as `make_gradient_fn` has it.
     """
     schedule = learning_rate(config.optimizer, config.train.steps)
-    measure = make_gradient_fn(config, graphdef, record=bool(config.train.record))
+    measure = make_gradient_fn(config, graphdef, record=bool(config.train.record), observe=config.train.observe)
 
     def train_step(state, batch, key):
         step_key = jax.random.fold_in(key, state.step)
@@ -51,41 +53,57 @@ def make_train_step(
 
 
 def make_gradient_fn(
-    config: Config, graphdef: nnx.GraphDef, *, record: bool = False
+    config: Config, graphdef: nnx.GraphDef, *, record: bool = False, observe: bool = False
 ) -> Callable[..., tuple[dict, dict, Metrics]]:
     """The pure `(params, router_state, batch, noise_key) -> (gradients, next router_state, metrics)`: a train step but for optax.
 
-    With `record` the metrics have the routing's `record/choice` and `record/choice_weight`, [B, S, L, M].
+    With `record` the metrics have the routing's `record/choice` and `record/choice_weight`, [B, S, L, M]; with `observe` what
+    docs/observatory.md says of a step.
     """
     model = config.model
     router = make_router(model.moe.router, model.moe.num_experts) if model.num_moe_layers else None
 
+    has_loss = router is not None and (router.has_loss or model.moe.balance_loss_weight > 0 or model.moe.z_loss_weight > 0)
+
     def measure(params, router_state, batch, noise_key):
         settings = {"graphdef": graphdef, "config": config, "record": record}
-        gradients, (sums, recorded), totals = _batch_gradients(params, router_state, batch, noise_key, **settings)
+        probe = routers(params, router, model.d_model) if observe and has_loss else None
+        (gradients, of_losses), (sums, recorded), totals = _batch_gradients(
+            params, probe, router_state, batch, noise_key, **settings
+        )
         state = innermost(router_state)
         if state:
             state = router.update(state, sums.routing)
             router_state = with_innermost(router_state, state)
         report = _metrics(model, sums, totals, state) | {"train/gradient_norm": optax.global_norm(gradients)}
-        return gradients, router_state, report | {f"record/{name}": array for name, array in recorded.items()}
+        if observe and router is not None:
+            report |= _observed(model, sums, totals, state)
+            if of_losses:
+                report["router/gradient_ratio"] = gradient_ratio(of_losses, routers(gradients, router, model.d_model))
+        return gradients, router_state, report | {f"record/{name}": recorded[name] for name in RECORDED if name in recorded}
 
     return measure
 
 
-def _batch_gradients(params, router_state, batch, noise_key, *, graphdef, config: Config, record: bool):
-    """Gradients of the whole batch's objective, its sums and records, and its totals, over `train.accumulation` microbatches."""
+def _batch_gradients(params, probe, router_state, batch, noise_key, *, graphdef, config: Config, record: bool):
+    """Gradients of the whole batch's objective by (params, probe), its sums and records, and its totals, over `train.accumulation`
+    microbatches."""
     batch = batch | {"token_id": token_ids(batch["tokens"])}
     totals = obj.count(batch, with_ahead=config.model.mtp_layers > 0)
-    loss = partial(obj.objective, graphdef=graphdef, config=config.model, record=record)
+    objective = partial(obj.objective, graphdef=graphdef, config=config.model, record=record)
+
+    def loss(by, router_state, batch, noise_key, totals, choose=lambda own: own):
+        return objective(by[0], router_state, batch, noise_key, totals, choose, by[1])
+
+    by = params, probe
     gradient = jax.grad(loss, has_aux=True)
     count = config.train.accumulation
     if count == 1:
-        return *gradient(params, router_state, batch, noise_key, totals), totals
+        return *gradient(by, router_state, batch, noise_key, totals), totals
 
     microbatches = split(batch, count)
     mode = _sums_mode(config.model)
-    routing_of = lambda m: loss(params, router_state, m, noise_key, totals)[1][0].routing  # noqa: E731
+    routing_of = lambda m: loss(by, router_state, m, noise_key, totals)[1][0].routing  # noqa: E731
     start = None
     if mode == "exact":
         start = _count(routing_of, microbatches)
@@ -96,12 +114,12 @@ def _batch_gradients(params, router_state, batch, noise_key, *, graphdef, config
     def body(carry, microbatch):
         gradients, seen = carry
         choose = {"exact": lambda own: seen, "running": lambda own: seen + own, "own": lambda own: own}[mode]
-        new, (sums, recorded) = gradient(params, router_state, microbatch, noise_key, totals, choose)
+        new, (sums, recorded) = gradient(by, router_state, microbatch, noise_key, totals, choose)
         if mode == "running":
             seen = seen + sums.routing
         return (jax.tree.map(jnp.add, gradients, new), seen), (sums, recorded)
 
-    (gradients, _), (sums, recorded) = jax.lax.scan(body, (jax.tree.map(jnp.zeros_like, params), start), microbatches)
+    (gradients, _), (sums, recorded) = jax.lax.scan(body, (jax.tree.map(jnp.zeros_like, by), start), microbatches)
     return gradients, (_add_up(sums), jax.tree.map(_unsplit, recorded)), totals
 
 
@@ -175,3 +193,47 @@ def _metrics(config, sums, totals, state):
     if sums.reward is not None:
         report["router/reward_loss"] = sums.reward / totals.targets
     return report | {f"router/{name.rsplit('_', 1)[0]}": value for name, value in state.items()}
+
+
+def _observed(config, sums, totals, state):
+    """Figures of docs/observatory.md beyond those that every step has."""
+    stats, routing_sums = sums.stats, sums.routing
+    mean_L = jnp.maximum(jnp.mean(stats.load_E.astype(jnp.float32), axis=-1), 1.0)
+    report = {"router/noise_floor": metrics.noise_floor(config.moe.num_experts, mean_L)}
+    if routing_sums.margin_sum is not None:
+        report["router/margin"] = routing_sums.margin_sum / totals.of_layers(len(stats.load_E)).tokens
+    if "bias_E" in state:
+        report["router/bias_range"] = jnp.ptp(state["bias_E"], axis=-1)
+    return report
+
+
+def routers(tree: dict, router: Router, d_model: int) -> dict[str, jax.Array]:
+    """The routers' parameters by name, stacked over MoE layers [L, ...], out of the nested dict of a model's parameters or gradients."""
+    names = router.params(d_model)
+    stacks = list(_with_keys(tree, set(names)))
+    return {name: jnp.concatenate([stack[name] for stack in stacks]) for name in names} if names else {}
+
+
+def _with_keys(tree, names):
+    """The dicts within a nested dict that have all these keys, in the order of its keys, which is that of the layers."""
+    if names <= tree.keys():
+        yield tree
+        return
+    for name in sorted(tree):
+        if isinstance(tree[name], dict):
+            yield from _with_keys(tree[name], names)
+
+
+def gradient_ratio(of_losses: dict[str, jax.Array], all_of_it: dict[str, jax.Array]) -> jax.Array:
+    """Norm of a layer's router gradient that comes from the layer's auxiliary losses, over that of the rest of it, [L].
+
+    Args:
+      of_losses: that part, by the routers' parameters [L, ...].
+      all_of_it: the whole gradient.
+    """
+
+    def norms(tree):
+        return jnp.sqrt(sum(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(tree)))
+
+    rest = jax.tree.map(jnp.subtract, all_of_it, of_losses)
+    return norms(of_losses) / jnp.maximum(norms(rest), jnp.finfo(jnp.float32).tiny)

@@ -1,4 +1,4 @@
-"""Metrics on disk: one JSON object a step in `metrics.jsonl`, scalars and per-layer figures in TensorBoard too."""
+"""Metrics on disk: one JSON object a step in `metrics.jsonl`, a bounded number of scalars in TensorBoard too."""
 
 import json
 import logging
@@ -45,7 +45,8 @@ class MetricWriter:
             self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=self._last + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one step: all of it to `metrics.jsonl`, numbers and lists over layers [L] to TensorBoard too.
+        """Writes one step: all of it to `metrics.jsonl`; to TensorBoard numbers, and of lists over layers [L] their least, mean and
+        largest, so that it gets no more of them for a deeper model.
 
         Raises:
           ValueError: `step` is not after the last one written (or resumed from), or a metric is named "step".
@@ -96,12 +97,11 @@ def _lines_up_to(path, step):
 
 
 def _scalars(name, value):
-    """A number as it is, a list over layers as one number a layer; nothing of larger arrays and strings."""
+    """A number as it is, a list over layers as three; nothing of larger arrays and strings."""
     if isinstance(value, int | float):
         yield name, value
-    elif isinstance(value, list) and not any(isinstance(v, list) for v in value):
-        for layer, number in enumerate(value):
-            yield f"{name}/layer_{layer}", number
+    elif isinstance(value, list) and value and not any(isinstance(v, list) for v in value):
+        yield from ((f"{name}/min", min(value)), (f"{name}/mean", sum(value) / len(value)), (f"{name}/max", max(value)))
 
 
 def _plain(value):

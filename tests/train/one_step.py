@@ -20,7 +20,7 @@ def measure(config: Config) -> dict[str, np.ndarray]:
     with jax.set_mesh(mesh):
         graphdef, params, state = drawn(config.model)
         state = jax.tree.map(lambda leaf: leaf + 0.02 * (jnp.arange(leaf.shape[-1]) % 3), state)
-        step = jax.jit(make_gradient_fn(config, graphdef))
+        step = jax.jit(make_gradient_fn(config, graphdef, observe=True))
         gradients, state, metrics = step(params, state, shard_batch(mesh, tiny.batch()), jax.random.key(5))
     tree = {"gradient": gradients, "state": state, "metric": metrics}
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

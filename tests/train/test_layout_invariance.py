@@ -124,6 +124,8 @@ def test_the_reference_exercises_what_it_compares():
         assert expected["['metric']['router/load']"].sum() > 0
         assert (expected["['metric']['router/padding']"] > 0).all()
         assert expected["['metric']['router/balance_loss']"] > 1.02
+        assert (expected["['metric']['router/margin']"] > 0).all()
+        assert (expected["['metric']['router/gradient_ratio']"] > 0.01).all()
         assert expected["['metric']['train/logit_z_loss']"] > 1
         assert all(np.abs(value).max() > 1e-7 for name, value in expected.items() if name.startswith("['gradient']"))
     assert len(np.unique(reference("deepseek")["['metric']['router/bias']"])) > 3

@@ -1,6 +1,8 @@
 """Whole runs in miniature: what they leave, how they go on, what they refuse."""
 
 import json
+import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -9,7 +11,7 @@ import tiny_run
 
 from moe_jax.config import ConfigError
 from moe_jax.data.documents import DataError
-from moe_jax.train import loop
+from moe_jax.train import loop, observation
 from moe_jax.train.loop import TrainingError
 from moe_jax.validation import CheckpointError
 
@@ -61,6 +63,7 @@ def test_a_run_leaves_what_it_says(folder):
         "checkpoints",
         "config.json",
         "metrics.jsonl",
+        "observations",
         "sample.txt",
         "tensorboard",
         "tokenizer",
@@ -82,8 +85,33 @@ def test_each_logged_step_stands_once_with_its_figures(folder):
         assert np.sum(line["router/load"]) == 2 * (16 * 16 - np.sum(line["router/padding"]) / 2)  # K = 2, one MoE layer
         assert ("eval/loss" in line) == (line["step"] in (4, 8))
     assert {"eval/code/loss", "eval/prose/bits_per_byte", "eval/load"} <= lines[-1].keys()
+    assert ["eval/saturation" in line for line in lines] == [False, False, False, True]
     rates = [line["train/learning_rate"] for line in lines]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_the_observatory_s_page_names_every_figure_of_a_run(folder):
+    """But the losses', which are training's, and those that only some models have."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "observatory.md").read_text()
+    tables = page[page.index("## Every logged step") : page.index("## The file of an evaluation")]
+    named = set(re.findall(r"`((?:router|eval|time)/[\w/]+)`", tables))
+    lines = [json.loads(line) for line in (folder / "straight" / "metrics.jsonl").read_text().splitlines()]
+    of_losses = ("_loss", "/loss", "/perplexity", "/bits_per_byte", "/experts_per_token")
+    logged = {re.sub(r"^eval/(code|prose)/", "eval/DOMAIN/", name) for line in lines for name in line}
+    logged = {name for name in logged if name.startswith(("router/", "eval/", "time/")) and not name.endswith(of_losses)}
+    assert named - logged == {"router/gradient_ratio"}  # this run's router has no loss
+    assert logged - named == set()
+
+
+def test_observations_are_counts_of_what_was_evaluated(folder):
+    workdir = folder / "straight"
+    assert observation.observed_steps(workdir) == [4, 8]
+    before, now = (observation.load(observation.path_of(workdir, step)) for step in (4, 8))
+    last = tiny_run.metrics(workdir)[-1]
+    assert now.about.domains == ("code", "prose")
+    np.testing.assert_array_equal(now.load_LE, last["eval/load"])
+    np.testing.assert_allclose(observation.overlap(now, before), last["eval/saturation"])
+    assert now.about.step == 8
 
 
 def test_a_run_cut_twice_goes_on_to_the_bit(folder, monkeypatch):

@@ -48,13 +48,14 @@ def test_scalars_and_arrays_are_exact_json(tmp_path):
     assert second == {"step": 3, "loss": None, "each": [1.0, None]}
 
 
-def test_scalars_and_layers_go_to_tensorboard_and_larger_arrays_do_not(tmp_path):
+def test_scalars_go_to_tensorboard_and_of_layers_three_and_nothing_of_larger_arrays(tmp_path):
     with MetricWriter(tmp_path) as writer:
         writer.write(4, {"loss": 2.5, "moe/load": np.ones((2, 2)), "note": "x", "violation": np.array([0.5, 0.25])})
     assert [e for e in events(tmp_path) if e[1]] == [
         (4, "loss", 2.5),
-        (4, "violation/layer_0", 0.5),
-        (4, "violation/layer_1", 0.25),
+        (4, "violation/min", 0.25),
+        (4, "violation/mean", 0.375),
+        (4, "violation/max", 0.5),
     ]
 
 
