@@ -52,8 +52,8 @@ def moe_island(
       state: the router's, by `Router.init_state`; replicated.
       weights: expert arrays by name, the suffix giving their axes and so their sharding: `w_up_EDF`, `w_down_EFD`.
       noise_key: typed key of this step and layer; None for no noise.
-      loss_probe: arrays as `params`, whatever their values. Their gradient is the part of that of `params` which comes through the
-        routing sums, and so from the auxiliary losses of this layer. None asks for nothing.
+      loss_probe: arrays as `params`, whatever their values: their gradient is the part of that of `params` that comes through the
+        routing sums, and so from this layer's auxiliary losses. None asks for nothing.
       router: the routing rule.
       moe: names dispatch, exchange, and whether per-sequence balance sums are wanted.
       make_expert_fn: from the gathered weights of this device's experts to the function that applies them.
@@ -62,10 +62,9 @@ def moe_island(
       training: as in `Tokens`.
       record: whether to return the choices too.
 
-    Returns: y_BSD like x; the routing sums and the counts of the global batch; and arrays of one row a token, [B, S, ...] split as x:
-      the router's `per_token`, and with `record` "choice" and "choice_weight" (`routing.record.choices_of`), and "dropped", int32, how
-      many of a token's choices no expert answered. `bytes_sent` adds up all
-      devices, those along tensor too; the gathers of weights and the sum over tensor are not in it.
+    Returns: y_BSD like x; the routing sums and the counts of the global batch (`bytes_sent` of all devices, those along tensor too,
+      without the gathers of weights and the sum over tensor); and arrays of one row a token, [B, S, ...] split as x: the router's
+      `per_token`, and with `record` more (`_by_token`).
 
     Raises:
       ValueError: rows, experts or widths that the devices do not divide, or arrays of a mesh that is not set.
@@ -74,37 +73,32 @@ def moe_island(
     specs = {name: spec_of(w, axes.weight_spec(name.rsplit("_", 1)[1])) for name, w in weights.items()}
     tensor = (axes.tensor,) if axes.tensor else ()
 
-    def body(x_BSD, rows, params, state, weights, beside_BSD, noise_key, loss_probe):
+    def body(x_BSD, rows, params, state, weights, beside_BSD, loss_probe, noise_key):
         in_lines = {name: array.reshape(-1, *array.shape[2:]) for name, array in ({"x_TD": x_BSD} | rows).items()}
         about = {"num_sequences": len(x_BSD), "training": training, "batch": Spread(axes.batch) if axes.batch else Alone()}
         tokens = Tokens(**in_lines, noise_key=noise_key, **about)
         routing = router(tokens, params, state)
-        by_sequence = moe.balance_loss_scope == "sequence"
-        of_losses = routing if loss_probe is None else router(tokens, jax.tree.map(_tapped, params, loss_probe), state)
-        sums = routing_sums(of_losses, tokens.mask_T, len(x_BSD), sequence_balance=by_sequence)
+        probed = routing if loss_probe is None else router(tokens, jax.tree.map(_tapped, params, loss_probe), state)
+        sums = routing_sums(probed, tokens.mask_T, len(x_BSD), sequence_balance=moe.balance_loss_scope == "sequence")
         weights = jax.tree.map(partial(_gather_fsdp, fsdp=axes.fsdp), weights, specs)
         y_TD, stats, beside_BSD = _run_experts(x_BSD, tokens, routing, make_expert_fn(weights), beside_BSD, moe, axes)
         y_TD = jax.lax.psum(y_TD, tensor)
         y_TD = y_TD if routing.beside_TD is None else y_TD + routing.beside_TD
         y_BSD = y_TD.astype(x_BSD.dtype).reshape(x_BSD.shape) + (0 if beside_BSD is None else beside_BSD)
-        stats = stats.replace(
-            padding=jnp.sum(~tokens.mask_T, dtype=jnp.int32) * (routing.choices or 0),
-            bytes_sent=stats.bytes_sent * math.prod(map(axis_size, tensor)),
-        )
-        per_token = routing.per_token | (_record(x_BSD, routing, tokens, moe, axes) if record else {})
-        per_token = {name: array.reshape(*x_BSD.shape[:2], *array.shape[1:]) for name, array in per_token.items()}
+        padding = jnp.sum(~tokens.mask_T, dtype=jnp.int32) * (routing.choices or 0)
+        stats = stats.replace(padding=padding, bytes_sent=stats.bytes_sent * math.prod(map(axis_size, tensor)))
+        per_token = _by_token(x_BSD, routing, tokens, moe, axes, record)
         return y_BSD, per_token, *(jax.lax.psum((sums, stats), axes.batch) if axes.batch else (sums, stats))
 
     rows_BSD, rows_BS = axes.batch_spec(3), axes.batch_spec(2)
     row_specs = {name: axes.batch_spec(array.ndim) for name, array in rows.items()}
-    in_specs = (rows_BSD, row_specs, P(), P(), specs, rows_BSD)
-    arrays = (x_BSD, dict(rows), dict(params), dict(state), dict(weights), beside_BSD)
-    loss_probe = None if loss_probe is None else _lay_out_all(P(), dict(loss_probe))
+    in_specs = (rows_BSD, row_specs, P(), P(), specs, rows_BSD, P())
+    arrays = (x_BSD, dict(rows), dict(params), dict(state), dict(weights), beside_BSD, loss_probe and dict(loss_probe))
     arrays = jax.tree.map(_lay_out_all, in_specs, arrays, is_leaf=lambda leaf: isinstance(leaf, P))
     island = body
     if not jax.sharding.get_abstract_mesh().empty:
-        island = jax.shard_map(body, in_specs=(*in_specs, P(), P()), out_specs=(rows_BSD, P(rows_BS[0]), P(), P()))
-    y_BSD, per_token, sums, stats = island(*arrays, noise_key, loss_probe)
+        island = jax.shard_map(body, in_specs=(*in_specs, P()), out_specs=(rows_BSD, P(rows_BS[0]), P(), P()))
+    y_BSD, per_token, sums, stats = island(*arrays, noise_key)
     per_token = {name: lay_out(array, whole.batch_spec(array.ndim)) for name, array in per_token.items()}
     return lay_out(y_BSD, whole.batch_spec(3)), sums, stats, per_token
 
@@ -118,11 +112,15 @@ def _tapped(param, probe):
 _tapped.defvjp(lambda param, probe: (param, None), lambda _, gradient: (gradient, gradient))
 
 
-def _record(x_BSD, routing, tokens, moe, axes):
-    """What the router chose for each token, and how many of these choices came to nothing."""
-    choice_TM, weight_TM = choices_of(routing)
-    dropped_T = _dropped(x_BSD, routing, tokens, moe, axes) if moe.may_drop else jnp.zeros_like(choice_TM[:, 0])
-    return dict(zip(RECORDED, (choice_TM, weight_TM), strict=True)) | {"dropped": dropped_T}
+def _by_token(x_BSD, routing, tokens, moe, axes, record):
+    """Arrays of one row a token, [B, S, ...]: the router's own, and with `record` "choice" and "choice_weight"
+    (`routing.record.choices_of`) and "dropped", int32: how many of its choices no expert answered."""
+    arrays = dict(routing.per_token)
+    if record:
+        choice_TM, weight_TM = choices_of(routing)
+        dropped_T = _dropped(x_BSD, routing, tokens, moe, axes) if moe.may_drop else jnp.zeros_like(choice_TM[:, 0])
+        arrays |= dict(zip((*RECORDED, "dropped"), (choice_TM, weight_TM, dropped_T), strict=True))
+    return {name: array.reshape(*x_BSD.shape[:2], *array.shape[1:]) for name, array in arrays.items()}
 
 
 def _dropped(x_BSD, routing, tokens, moe, axes):
