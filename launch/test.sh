@@ -3,7 +3,8 @@
 #
 #     bash launch/test.sh [fast] [pytest arguments]   everything but the slow tier: minutes
 #     bash launch/test.sh slow [pytest arguments]     the slow tier: Hugging Face's models as oracles (needs torch), programs compiled
-#                                                     for TPUs that are not there (needs libtpu)
+#                                                     for TPUs that are not there (needs libtpu), every notebook, the report in
+#                                                     Chromium (of the system; as root on Debian it is installed)
 #     bash launch/test.sh all [pytest arguments]      both
 set -euo pipefail
 # shellcheck source=launch/venv.sh
@@ -19,11 +20,15 @@ esac
 
 case "$tier" in
   fast) extras=dev select=(-m "not slow") ;;
-  slow) extras=dev,hf,tpu select=(-m slow) ;;
-  all) extras=dev,hf,tpu select=() ;;
+  slow) extras=dev,hf,tpu,corpus select=(-m slow) ;;
+  all) extras=dev,hf,tpu,corpus select=() ;;
 esac
 
 ensure_venv "$extras"
+if [ "$tier" != fast ] && ! ensure_browser; then
+  say "no Chromium with its chromedriver was found: the report's tests in a browser are left out; install both to run them"
+  select=(-m "${select[1]:+slow and }not browser")
+fi
 cd "$root"
 say "testing ($tier): python -m pytest -n auto ${select[*]+${select[*]}} $*"
 exec "$python" -m pytest -n auto ${select[@]+"${select[@]}"} "$@"

@@ -69,6 +69,18 @@ ensure_venv() {
   printf '%s\n' "$wanted" >"$stamp"
 }
 
+# Chromium and its driver, found or, as root where apt-get is, installed.
+ensure_browser() {
+  have_browser && return
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "installing Chromium and its driver (once)"
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 || true
+  fi
+  have_browser
+}
+
+have_browser() { command -v chromedriver >/dev/null && { command -v chromium || command -v google-chrome; } >/dev/null; }
+
 # The comparisons with Hugging Face need torch on the CPU only; the default Linux wheels bring gigabytes of CUDA libraries.
 install_torch() {
   if "$python" -c 'import torch' >/dev/null 2>&1; then

@@ -20,7 +20,7 @@ from moe_jax.train.observation import CAUSES, About, Observation, overlap
 
 PREFIX = "observe/"  # of what an evaluation step hands out
 OF_BATCH = ("tokens", "segment_ids", "document_ids")  # of a batch, handed out again
-SAMPLE_TOKENS = 16384  # whose choices are kept, over all domains
+SAMPLE_TOKENS = 16384  # whose choices are kept, over all domains; at least two rows of each
 VOCABULARY = 1024  # most frequent token ids that are counted one by one
 PLACES = 16  # ranges of places in a row
 
@@ -113,7 +113,7 @@ class Observer:
         self._word_load_NLE += self._loads(slot_T, choice_TLM, N + 1)[:N]
         self._add_documents(of, got["document_ids"][valid_BS], choice_TLM)
         self._add_places(valid_BS, choice_TLM, got["dropped"][valid_BS])
-        room = SAMPLE_TOKENS // len(self._of) // valid_BS.shape[1] - len(of.rows)
+        room = max(2, SAMPLE_TOKENS // len(self._of) // valid_BS.shape[1]) - len(of.rows)
         real = np.flatnonzero(valid_BS.any(1))[: max(room, 0)]
         of.rows += [(got["tokens"][row], valid_BS[row], got["choice"][row].astype(np.uint16)) for row in real]
 

@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny_run
 
-from moe_jax.train import loop
+from moe_jax.train import loop, observation
 from moe_jax.train.routing_log import RoutingLog
 
 
@@ -41,6 +42,17 @@ def test_an_evaluation_on_one_device_follows_the_choices_of_eight(folder):
     assert one.keys == eight.keys
     assert one.header == eight.header
     assert one.read("eval/code/0").weight_BSLM.tobytes() == eight.read("eval/code/0").weight_BSLM.tobytes()
+
+
+@pytest.mark.slow
+def test_an_observation_on_one_device_is_that_of_the_run(folder):
+    done = evaluated(folder, "--mesh=data=1,emulate=1", "--observe={}/one.npz")
+    assert done.returncode == 0, done.stderr
+    one, run = observation.load(folder / "one.npz"), observation.load(observation.path_of(folder / "run", 8))
+    assert one.about == run.about
+    for name, array in run.arrays().items():
+        if array.dtype.kind != "f":
+            np.testing.assert_array_equal(one.arrays()[name], array, err_msg=name)
 
 
 @pytest.mark.slow
