@@ -205,6 +205,7 @@ def _train():
     train.replay = ""  # such a file, whose choices the training steps make again in place of the router's own; "" = none
     train.replay_weights = False  # True: the recorded weights too, so that the router's own weights get no gradient
     train.observe = True  # the routing observatory (docs/observatory.md): more figures a step, a file of counts an evaluation
+    train.report = False  # write the report of the run at its end (launch.report; needs matplotlib, extra `plots`)
     return train
 
 

@@ -23,5 +23,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh.update(data=2, expert=4, emulate=8)
     config.data.update(seq_len=256, batch_size=16)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=50)
-    config.train.update(steps=300, eval_every=100, eval_rows=32, checkpoint_every=100, sample_prompt="def main(")
+    config.train.update(steps=300, eval_every=100, eval_rows=32, checkpoint_every=100, sample_prompt="def main(", report=True)
     return base.override(config, arg)

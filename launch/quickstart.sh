@@ -9,7 +9,7 @@ set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-ensure_venv ""
+ensure_venv plots
 cd "$root"
 say "training: python -m launch.train --config=configs/quickstart.py $*"
 exec "$python" -m launch.train --config=configs/quickstart.py "$@"

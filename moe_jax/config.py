@@ -235,6 +235,7 @@ class TrainConfig:
     replay: str = ""
     replay_weights: bool = False
     observe: bool = True
+    report: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.analysis import summary
+from moe_jax.analysis.report.write import write_report
 from moe_jax.config import Config, ConfigError, to_dict
 from moe_jax.convert import initial
 from moe_jax.data.corpus import Corpus, load_corpus, save_tokenizer
@@ -289,7 +290,17 @@ def _finish(shared: _Run, state: TrainState, evaluation):
     print(summary.closing(shared.config, shared.corpus, evaluation, text))
     if text:
         (pathlib.Path(shared.config.workdir) / "sample.txt").write_text(text, encoding="utf-8")
+    if shared.config.train.report and jax.process_index() == 0:
+        _report(shared.config.workdir)
     return evaluation
+
+
+def _report(workdir):
+    """The run's page, and where it is; a sentence where it cannot be drawn."""
+    try:
+        print(f"\nReport: what the run learned and what its experts did, to open in a browser\n  {write_report([workdir])}")
+    except ConfigError as refusal:
+        print(f"\nno report: {refusal}")
 
 
 def _sample(shared, state):

@@ -89,11 +89,24 @@ def test_arrays_have_the_types_of_the_contract():
         "targets": (np.int32, (4,)),
         "segment_ids": (np.int32, (4,)),
         "positions": (np.int32, (4,)),
+        "document_ids": (np.int32, (4,)),
         "loss_weights": (np.float32, (4,)),
         "row_id": (np.int32, ()),
     }
     with pytest.raises(IndexError):
         rows[len(rows)]
+
+
+def test_every_piece_tells_its_document():
+    split = _split(["abcdefgh", "ij", "klmno"])
+    rows = PackedRows(split, 4, pad_last=True)
+    for row in map(rows.__getitem__, range(len(rows))):
+        for token, document in zip(row["tokens"], row["document_ids"], strict=True):
+            assert document < 0 or token in split.tokens[split.offsets[document] : split.offsets[document + 1]]
+    told = np.concatenate([rows[i]["document_ids"] for i in range(len(rows))])
+    valid = np.concatenate([rows[i]["segment_ids"] for i in range(len(rows))]) > 0
+    np.testing.assert_array_equal(told >= 0, valid)
+    assert set(told[valid]) == {0, 1, 2}
 
 
 def test_order_depends_on_the_seed_only_and_is_not_the_given_one():
