@@ -23,17 +23,17 @@ flags.disclaim_key_flags()  # a flag defined here belongs to the program that as
 
 
 def run(main: Callable[..., None], argument: str | None = None) -> None:
-    """Parses the flags and runs `main`, with the positional arguments that `argument` names: "NAME", or "A B".
+    """Parses the flags and runs `main`, with the positional arguments that `argument` names: "NAME", "A B", or "RUN..." for one or more.
 
     What the package refuses is one sentence on stderr and exit status 2; `--v=1` shows the traceback and other libraries' logs too.
     """
 
     def guarded(argv):
         names = (argument or "").split()
-        if len(argv) > 1 + len(names):
+        if len(argv) > 1 + len(names) and not (names and names[-1].endswith("...")):
             raise app.UsageError(f"unexpected argument {argv[1 + len(names)]!r}; options are written --name=value.")
         if len(argv) < 1 + len(names):
-            raise app.UsageError(f"{names[len(argv) - 1]} is missing.")
+            raise app.UsageError(f"{names[len(argv) - 1].removesuffix('...')} is missing.")
         sys.stdout.reconfigure(line_buffering=True)  # into a file too, in order with stderr
         _set_up_logging()
         _overlap_on_tpus()

@@ -156,10 +156,8 @@ def texts_of(split: Split, tokenizer: Tokenizer, domain: str, max_bytes: int, se
         if room <= 0:
             return
         begin, end = (int(split.offsets[document + i]) for i in range(2))
-        ids = split.tokens[
-            begin + 1 : min(end, begin + 1 + room + 4)
-        ]  # after eot; 4 more, as a cut may fall within a character
-        text = tokenizer.decode(ids).encode()[:room]
+        end = min(end, begin + 1 + room + 4)  # 4 more, as a cut may fall within a character
+        text = tokenizer.decode(np.asarray(split.tokens[begin + 1 : end]).tolist()).encode()[:room]  # after eot
         room -= len(text)
         yield text
 

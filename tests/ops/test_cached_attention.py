@@ -49,7 +49,7 @@ def test_the_last_row_of_attention(window, num_slots):
     assert_close(attend_to_stored(queries, halves, value, at_B, sink_H, **settings), expected[jnp.arange(B), at_B])
 
 
-def StoredHalf(stored, widths):  # noqa: N802
+def StoredHalf(stored, widths):
     return stored.replace(values_BGTN=stored.values_BGTN[..., widths])
 
 
