@@ -1,4 +1,4 @@
-"""Which collectives a train step has, observed as it is by default. A change that adds one fails here: if it is meant, write it into the table."""
+"""Which collectives an observed train step has. A change that adds one fails here: if it is meant, write it into the table."""
 
 import math
 
