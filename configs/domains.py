@@ -4,8 +4,8 @@
     python -m launch.train --config=configs/domains.py
     python -m launch.report runs/domains
 
-The quickstart's model on the corpus `prose`, of whose domains at most 3 MB each are taken, so that none drowns the others. 800 steps of 4,096
-tokens on eight emulated devices end at a validation loss of 1.722 nats a token; README.md shows what its experts do.
+The quickstart's model on the corpus `prose`, of whose domains at most 3 MB each are taken, so that none drowns the others. 800 steps
+of 4,096 tokens on eight emulated devices end at a validation loss of 1.722 nats a token; README.md shows what its experts do.
 """
 
 from ml_collections import ConfigDict
