@@ -25,7 +25,7 @@ STEPS = 4  # of a timed call
 
 
 def rows(config: Config, repeats: int) -> list[dict]:
-    """Two rows a contender, `part` "step" and "evaluation", and their sum: `added_percent` is of a step's time.
+    """A row for an evaluation and two a contender, its steps and the sum of both: `added_percent` is of a step's time.
 
     The config stands as it is and, where its router has no auxiliary loss, with a balance loss too, whose gradient is then told apart
     from the rest. An evaluation's cost is spread over `train.eval_every` steps. Ratios are medians over repeats taken in turn, with the
@@ -46,10 +46,22 @@ def rows(config: Config, repeats: int) -> list[dict]:
     contenders = {"as configured": config}
     if config.model.moe.balance_loss_weight == 0:
         contenders["with a balance loss"] = _with_balance_loss(config)
-    results = []
     with jax.set_mesh(mesh):
-        for name, contender in contenders.items():
-            results += _rows(name, contender, corpus, mesh, repeats)
+        steps = {name: _steps(contender, corpus, mesh, repeats) for name, contender in contenders.items()}
+        first = next(iter(steps.values()))
+        sides = {side: _evaluation(_observing(config, side == "with"), corpus, mesh) for side in first}
+        seconds = timing.interleaved(sides, repeats, warmup=1)
+    spread = config.train.eval_every * statistics.median(first["without"])
+    added = [100 * (a - b) / spread for a, b in zip(seconds["with"], seconds["without"], strict=True)]
+    results = [evaluation := _row("as configured", "evaluation", seconds, added)]
+    for name, of_steps in steps.items():
+        percents = [100 * (a / b - 1) for a, b in zip(of_steps["with"], of_steps["without"], strict=True)]
+        results.append(step := _row(name, "step", of_steps, percents))
+        both = {
+            f"added_percent{end}": step[f"added_percent{end}"] + evaluation[f"added_percent{end}"]
+            for end in ("", "_min", "_max")
+        }
+        results.append({"config": name, "part": "both", "milliseconds": None, "milliseconds_without": None} | both)
     return results
 
 
@@ -58,24 +70,13 @@ def _with_balance_loss(config):
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
 
 
-def _rows(name, config, corpus, mesh, repeats):
-    sides = {side: _observing(config, side == "with") for side in ("with", "without")}
+def _steps(config, corpus, mesh, repeats):
+    """Seconds of a step "with" and "without"."""
     batch = next(train_iterator(corpus.train, config.data, config.train.seed))
     batch = shard_batch(mesh, {field: batch[field] for field in run.BATCH_FIELDS})
-    step_s = timing.interleaved({side: _several(stepper(c, batch)) for side, c in sides.items()}, repeats, warmup=2)
-    step_s = {side: [s / STEPS for s in seconds] for side, seconds in step_s.items()}
-    eval_s = timing.interleaved({side: _evaluation(c, corpus, mesh) for side, c in sides.items()}, repeats, warmup=1)
-    step, every = statistics.median(step_s["without"]), config.train.eval_every
-    parts = {
-        "step": (step_s, [100 * (a / b - 1) for a, b in zip(step_s["with"], step_s["without"], strict=True)]),
-        "evaluation": (eval_s, [100 * (a - b) / every / step for a, b in zip(eval_s["with"], eval_s["without"], strict=True)]),
-    }
-    results = [_row(name, part, *measured) for part, measured in parts.items()]
-    total = {"config": name, "part": "both", "milliseconds": None, "milliseconds_without": None}
-    return [
-        *results,
-        total | {f"added_percent{end}": sum(row[f"added_percent{end}"] for row in results) for end in ("", "_min", "_max")},
-    ]
+    sides = {side: _several(stepper(_observing(config, side == "with"), batch)) for side in ("with", "without")}
+    seconds = timing.interleaved(sides, repeats, warmup=2)
+    return {side: [s / STEPS for s in of_side] for side, of_side in seconds.items()}
 
 
 def _row(name, part, seconds, percents):

@@ -10,6 +10,7 @@ episodes each. A policy is a table `policy_IJUM` of probabilities: of task i, of
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,7 @@ class Tasks:
     def __post_init__(self):
         for field in ("num_tasks", "difficulties", "most", "tool_cost"):
             if getattr(self, field) < 1:
-                raise ConfigError(
-                    f"Tasks.{field} = {getattr(self, field)} must be 1 or more; it is a number of tasks or of units."
-                )
+                raise ConfigError(f"Tasks.{field} = {getattr(self, field)} must be 1 or more; it is a number.")
         for field in ("guess", "first", "decay", "step_error"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ConfigError(f"Tasks.{field} = {getattr(self, field)} must be between 0 and 1; it is a probability.")
@@ -99,8 +98,7 @@ def log_policy(params: dict, tasks: Tasks, task: jax.Array, difficulty: jax.Arra
     numbers = jnp.stack(jnp.broadcast_arrays(each, jnp.minimum(each, 1.0), left / tasks.num_tasks), axis=-1)
     x = jnp.concatenate([jax.nn.one_hot(difficulty, tasks.difficulties), numbers], axis=-1)
     logits = jnp.tanh(x @ params["w_in"] + params["b_in"]) @ params["w_out"] + params["b_out"]
-    payable = jnp.asarray(tasks.cost_JM)[difficulty] <= budget[..., None]
-    return jax.nn.log_softmax(jnp.where(payable, logits, -jnp.inf))
+    return jax.nn.log_softmax(jnp.where(jnp.asarray(tasks.cost_JM)[difficulty] <= budget[..., None], logits, -jnp.inf))
 
 
 def tabulate(params: dict, tasks: Tasks) -> jax.Array:
@@ -118,8 +116,7 @@ def rollout(params: dict, tasks: Tasks, key: jax.Array, difficulty_I: jax.Array,
         choosing, answering = jax.random.split(key)
         choice = jax.random.categorical(choosing, log_policy(params, tasks, task, difficulty, budget))
         right = jax.random.bernoulli(answering, right_JM[difficulty, choice])
-        seen = Episodes(difficulty, budget, choice, right.astype(jnp.float32))
-        return budget - cost_JM[difficulty, choice], seen
+        return budget - cost_JM[difficulty, choice], Episodes(difficulty, budget, choice, right.astype(jnp.float32))
 
     steps = jnp.arange(tasks.num_tasks), difficulty_I, jax.random.split(key, tasks.num_tasks)
     return jax.lax.scan(play, budget, steps)[1]
@@ -130,9 +127,8 @@ def rollouts(params: dict, tasks: Tasks, key: jax.Array, groups: int, episodes: 
     of_tasks, of_budgets, of_play = jax.random.split(key, 3)
     difficulty_GI = jax.random.randint(of_tasks, (groups, tasks.num_tasks), 0, tasks.difficulties)
     budget_G = jax.random.randint(of_budgets, (groups,), 0, tasks.most + 1)
-    keys_GR = jax.random.split(of_play, (groups, episodes))
-    one = lambda key, difficulty_I, budget: rollout(params, tasks, key, difficulty_I, budget)  # noqa: E731
-    return jax.vmap(jax.vmap(one, (0, None, None)))(keys_GR, difficulty_GI, budget_G)
+    play = jax.vmap(jax.vmap(partial(rollout, params, tasks), (0, None, None)))
+    return play(jax.random.split(of_play, (groups, episodes)), difficulty_GI, budget_G)
 
 
 def surrogate(params: dict, tasks: Tasks, seen: Episodes) -> jax.Array:
@@ -206,8 +202,7 @@ def oracle(tasks: Tasks) -> jax.Array:
 
 def _worth(tasks, value_U):
     """[J, U, M]: right answers of a choice and of what comes after it, by value_U of the tasks after it, as a share of all tasks."""
-    after_JUM = value_U[_units_after(tasks)]
-    return jnp.asarray(tasks.right_JM)[:, None, :] / tasks.num_tasks + after_JUM
+    return jnp.asarray(tasks.right_JM)[:, None, :] / tasks.num_tasks + value_U[_units_after(tasks)]
 
 
 def _units_after(tasks):
@@ -218,8 +213,7 @@ def _units_after(tasks):
 def always(tasks: Tasks, solver: str) -> jax.Array:
     """One solver as long as the budget pays it, then guesses."""
     m = SOLVERS.index(solver)
-    choice_JU = np.where(tasks.payable_JUM[:, :, m], m, 0)
-    return _every_task(tasks, jax.nn.one_hot(choice_JU, len(SOLVERS)))
+    return _every_task(tasks, jax.nn.one_hot(np.where(tasks.payable_JUM[:, :, m], m, 0), len(SOLVERS)))
 
 
 def at_random(tasks: Tasks) -> jax.Array:
@@ -229,8 +223,7 @@ def at_random(tasks: Tasks) -> jax.Array:
 
 def fair_share(tasks: Tasks) -> jax.Array:
     """A rule of thumb that knows the tables: the solver most often right among those within the units left per task left."""
-    left_I = tasks.num_tasks - np.arange(tasks.num_tasks)
-    share_IU = np.arange(tasks.most + 1) / left_I[:, None]
+    share_IU = np.arange(tasks.most + 1) / np.arange(tasks.num_tasks, 0, -1)[:, None]
     within_IJUM = tasks.cost_JM[None, :, None, :] <= share_IU[:, None, :, None]
     choice_IJU = np.where(within_IJUM, tasks.right_JM[None, :, None, :], -1).argmax(-1)
     return jax.nn.one_hot(choice_IJU, len(SOLVERS))
@@ -254,5 +247,4 @@ def choices_by_difficulty(tasks: Tasks, policy_IJUM: jax.Array, budget: int) -> 
         return jnp.zeros_like(chance_U).at[_units_after(tasks)].add(chance_JUM), chance_JUM.sum(1)
 
     start_U = jnp.zeros(tasks.most + 1).at[budget].set(1.0)
-    share_IJM = jax.lax.scan(forward, start_U, policy_IJUM)[1]
-    return share_IJM.sum(0) * tasks.difficulties / tasks.num_tasks
+    return jax.lax.scan(forward, start_U, policy_IJUM)[1].sum(0) * tasks.difficulties / tasks.num_tasks
