@@ -48,7 +48,7 @@ class Sinkhorn(Router):
             scores_TE = scores_TE + potential_E
         expert_TK = choose(scores_TE, self.top_k, tokens.replay_TM)
         probs_TE = jax.nn.softmax(logits_TE)
-        return token_choice(expert_TK, chosen(probs_TE, expert_TK), probs_TE, logits_TE, tokens, score_TE=scores_TE)
+        return token_choice(expert_TK, chosen(probs_TE, expert_TK), probs_TE, logits_TE, tokens)
 
 
 def expert_potentials(scores_GE: jax.Array, mask_G: jax.Array, iterations: int) -> jax.Array:
