@@ -70,12 +70,10 @@ def test_same_numbers(name, mesh):
             arrays = list(_loaded(name, seed)[1:])
             assert jax.tree.map(np.shape, arrays) == jax.tree.map(np.shape, shapes)
             placed = jax.tree.map(lambda like, array: jax.device_put(array, like.sharding.spec), shapes, arrays)
-            _compare(
-                model, hf_models.theirs(name, seed), *jax.device_get(step(*placed, on_devices)), rows["segment_ids"] > 0, mesh
-            )
+            _compare(model, hf_models.theirs(name, seed), *jax.device_get(step(*placed, on_devices)), rows["segment_ids"] > 0)
 
 
-def _compare(model, theirs, value, grads, valid, mesh):
+def _compare(model, theirs, value, grads, valid):
     loss, (logits, aux) = value
     assert_close(logits[valid], theirs.logits[valid], what="logits")
     assert_close(loss, theirs.loss, what="loss")
@@ -83,7 +81,7 @@ def _compare(model, theirs, value, grads, valid, mesh):
         assert_close(_pooled(aux.sums, theirs.model.config.num_experts_per_tok), theirs.aux_loss, what="auxiliary loss")
     _same_choices({} if aux is None else aux.per_token, theirs.choices, valid)
     expected = Plan(model, FAMILIES[type(theirs.model).__name__]).read_all(_with_state(theirs))[0]
-    jax.tree_util.tree_map_with_path(functools.partial(_same_gradient, mesh), grads, expected)
+    jax.tree_util.tree_map_with_path(_same_gradient, grads, expected)
 
 
 def _pooled(sums, top_k):
@@ -104,13 +102,11 @@ def _same_choices(per_token, choices, valid):
         np.testing.assert_array_equal(np.sort(mine[valid]), np.sort(their[valid]))
 
 
-def _same_gradient(mesh, path, actual, expected):
+def _same_gradient(path, actual, expected):
     name = jax.tree_util.keystr(path)
     assert np.abs(expected).max() > 1e-6, f"{name} is not exercised"
-    if mesh == "one":
-        assert_close(actual, expected, what=name)
-    else:  # torch's sums on one device and partial sums of eight: single entries were 1.07e-5 of the RMS apart
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-5 * np.sqrt(np.mean(np.square(expected))), err_msg=name)
+    # torch's sums and ours, which differ by processor and by device: single entries were 1.14e-5 of the RMS apart
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-5 * np.sqrt(np.mean(np.square(expected))), err_msg=name)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
