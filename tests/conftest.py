@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 # compile time is most of the suite's time: XLA's cheapest level halves it, and no test measures speed
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -9,6 +10,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "16"  # two threads a device, as in moe_jax.mesh.emulate_devices
 
 import jax  # the environment above must be set first
+import pytest
+
+from moe_jax.routing import ROUTERS
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
@@ -21,3 +25,13 @@ def pytest_sessionstart(session):
 
 def pytest_runtest_teardown(item):
     assert jax.device_count() == 8, f"{item.nodeid} leaves {jax.device_count()} devices to the tests after it"
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    """Lets a test import what lies in tests/faults, and leaves no router of it to the tests after it."""
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent / "faults")
+    known = set(ROUTERS)
+    yield
+    for name in set(ROUTERS) - known:
+        sys.modules.pop(ROUTERS.pop(name).__module__)

@@ -100,7 +100,7 @@ def test_tests_that_are_told_to_run_exist(command):
 
 
 @of("launch")
-def test_programs_exist_and_take_these_flags_and_configs(command, monkeypatch):
+def test_programs_exist_and_take_these_flags_and_configs(command, faults):
     module, *words = words_of(command)
     source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     known = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)) | ({"config"} if "define_config(" in source else set())
@@ -118,7 +118,6 @@ def test_programs_exist_and_take_these_flags_and_configs(command, monkeypatch):
     assert not changes or file
     if file:
         path, _, argument = file.partition(":")
-        monkeypatch.syspath_prepend(ROOT / "tests" / "faults")
         from_dict(config_of(path, ",".join(filter(None, [argument, *changes]))))
 
 

@@ -1,7 +1,5 @@
 """The fault that the ablation measures is the fault that it says: own counts, own bias, and nothing else."""
 
-import pathlib
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -11,19 +9,15 @@ import pytest
 from router_cases import B, D, E, S, T
 from tolerance import assert_close
 
-from moe_jax.routing import ROUTERS
 from moe_jax.routing.contract import Tokens
 from moe_jax.routing.losses import routing_sums
 
 
 @pytest.fixture
-def fault(monkeypatch):
-    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "faults")
+def fault(faults):
     import unsynchronised
 
-    yield unsynchronised.Unsynchronised(E, 2, replicas=4, sequences=B, bias_speed=0.5)
-    ROUTERS.pop("unsynchronised", None)
-    sys.modules.pop("unsynchronised", None)
+    return unsynchronised.Unsynchronised(E, 2, replicas=4, sequences=B, bias_speed=0.5)
 
 
 def problem():
