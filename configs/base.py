@@ -28,6 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = _data()
     config.optimizer = _optimizer()
     config.train = _train()
+    config.guards = _guards()
     return override(config, arg)
 
 
@@ -207,6 +208,34 @@ def _train():
     train.observe = True  # the routing observatory (docs/observatory.md): more figures a step, a file of counts an evaluation
     train.report = False  # write the report of the run at its end (launch.report; needs matplotlib, extra `plots`)
     return train
+
+
+def _guards():
+    """What watches the run, and what it does when it speaks: off | warn | stop (docs/guards.md)."""
+    guards = ConfigDict()
+    guards.window = 50  # steps that a guard of the router looks back on, and that a loss or gradient norm is compared with
+    guards.warmup_steps = 100  # first steps of a run, in which only non_finite, stall and disk speak
+    guards.non_finite = "stop"  # a loss or gradient norm that is not finite: the step is skipped; off = nothing is skipped
+    guards.skip_steps = 3  # steps in a row that are skipped before stop stops; 0 = stop at the first
+    guards.loss_spike = "warn"  # a loss above those of the window
+    guards.loss_spike_deviations = 8.0  # ... by this many robust standard deviations
+    guards.gradient_norm = "warn"  # a gradient norm, before clipping, above those of the window
+    guards.gradient_norm_factor = 10.0  # ... this many times their median
+    guards.router_collapse = "warn"  # of one layer over the window: dead experts, MaxVio or entropy
+    guards.dead_fraction = 0.125  # share of a layer's experts without a token
+    guards.max_violation = 3.0  # MaxVio above its noise floor; or half of the most that E and K allow, if that is less
+    guards.min_entropy = 0.02  # mean entropy of the router's probabilities over ln E
+    guards.bias_saturation = "warn"  # a balancing bias that overrules the scores
+    guards.bias_range = 1.5  # largest bias less the smallest; scores are between 0 and 1
+    guards.drop_rate = "warn"  # assignments dropped
+    guards.dropped_fraction = 0.3  # share of a layer's
+    guards.gradient_ratio = "warn"  # auxiliary losses that outweigh the language model at the router
+    guards.gradient_ratio_limit = 10.0  # norm of their gradient over that of the rest; needs train.observe
+    guards.stall = "warn"  # no step finishes: the stacks of all threads are printed; stop = the process ends with status 76
+    guards.stall_seconds = 600.0  # for this long; six times that for the first step, an evaluation and a checkpoint
+    guards.disk = "stop"  # too little free space for a checkpoint; warn = that checkpoint is left out
+    guards.disk_factor = 1.1  # free bytes wanted, times the state's
+    return guards
 
 
 def override(config: ConfigDict, arg: str) -> ConfigDict:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_jax import validation
+from moe_jax.guards_config import GuardsConfig
 from moe_jax.validation import ConfigError
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "GuardsConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
@@ -249,6 +251,7 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
 
     def __post_init__(self):
         validation.check(self)

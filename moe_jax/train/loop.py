@@ -4,7 +4,6 @@ Everything a run needs to continue is in a checkpoint: parameters, optimizer, ro
 function of it) and the position in the data. A run continued from a checkpoint goes on bit for bit as if it had never stopped.
 """
 
-import math
 import pathlib
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.clock import Clock
 from moe_jax.train.evaluate import evaluate, make_eval_step
 from moe_jax.train.expert_weights import expert_weights
+from moe_jax.train.guarded import Guarded
 from moe_jax.train.observatory import LoadWindow, Observer, can_observe
 from moe_jax.train.observatory import summary as summary_of
 from moe_jax.train.progress import Progress
@@ -37,11 +37,6 @@ from moe_jax.train.state import TrainState, create
 from moe_jax.train.step import make_train_step
 from moe_jax.train.tape import Tape, take_record, train_key
 from moe_jax.train.writers import MetricWriter
-from moe_jax.validation import RefusalError
-
-
-class TrainingError(RefusalError):
-    """A guard ended the run; the message names the step, the figure and the last good checkpoint."""
 
 
 @dataclass
@@ -69,7 +64,7 @@ def train(config: Config) -> dict[str, float | np.ndarray]:
     Raises:
       ConfigError, DataError, CheckpointError, RecordError: the config does not fit the devices, the data, the run folder or a
         routing record; nothing has been written then.
-      TrainingError: the loss or the gradient norm is not finite.
+      TrainingError: a guard stopped the run (docs/guards.md).
     """
     config = initial.complete(config)
     run.check(config)
@@ -200,6 +195,7 @@ def _steps(shared: _Run, state: TrainState, start: int):
         MetricWriter(shared.config.workdir, config.tensorboard, start or None) as writer,
         Progress(config.steps, tokens, start) as progress,
         shared.tape,
+        Guarded(shared.config, shared.checkpoints, writer, progress.message, start or None) as guarded,
     ):
         for done in range(start + 1, config.steps + 1):
             with clock.part("data"):
@@ -210,7 +206,7 @@ def _steps(shared: _Run, state: TrainState, start: int):
                 state, metrics = shared.train_step(state, told, key)
                 metrics, recorded = take_record(metrics)
                 if pending is not None:
-                    _look(shared, *pending)
+                    _look(shared, guarded, *pending)
                 pending = (done, metrics, batch, recorded)
                 if done == start + 1:
                     jax.block_until_ready(metrics)
@@ -223,14 +219,14 @@ def _steps(shared: _Run, state: TrainState, start: int):
             if not (logs or evaluates or saves):
                 continue
             with clock.part("step"):
-                _look(shared, *pending)
+                _look(shared, guarded, *pending)
             pending, record = None, {}
             if logs:
                 speed = clock.tokens_per_second(done)
                 record = jax.device_get(metrics) | {"train/tokens_per_second": speed} | shared.window.close()
                 progress.update(done, float(record["train/loss"]), speed)
             if evaluates:
-                with clock.part("evaluate"):
+                with clock.part("evaluate"), guarded.patient("an evaluation"):
                     evaluation = _evaluate(shared, state, done)
                 record |= evaluation
                 progress.message(f"step {done} validation loss {evaluation['eval/loss']:.4f}")
@@ -241,32 +237,20 @@ def _steps(shared: _Run, state: TrainState, start: int):
                 shared.window.close()  # a run that goes on from here has no other
                 figures = {name: value for name, value in evaluation.items() if np.ndim(value) == 0} if evaluates else {}
                 extra = {"data": shared.iterator.get_state(), "metrics": figures, "origin": shared.origin}
-                with clock.part("checkpoint"):
-                    shared.checkpoints.save(done, state, extra)
+                with clock.part("checkpoint"), guarded.patient("a checkpoint"):
+                    if guarded.may_save(done, state):
+                        shared.checkpoints.save(done, state, extra)
             if evaluates or saves:
                 clock.restart(done)
     return state, evaluation
 
 
-def _look(shared, step, metrics, batch, recorded):
+def _look(shared, guarded, step, metrics, batch, recorded):
     """What is done with every step once it is computed."""
-    _refuse_non_finite(shared, step, metrics)
-    if shared.observes:
-        shared.window.add(jax.device_get(metrics["router/load"]))
+    figures, taken = guarded.look(step, metrics)
+    if shared.observes and taken:
+        shared.window.add(figures["router/load"])
     shared.tape.write(train_key(step), batch, recorded)
-
-
-def _refuse_non_finite(shared, step, metrics):
-    """Stops the run when a step's loss or gradients are not finite: no checkpoint is made of such a step."""
-    loss, norm = jax.device_get((metrics["train/loss"], metrics["train/gradient_norm"]))
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    good = shared.checkpoints.latest()
-    where = "there is none" if good is None else str(shared.checkpoints.folder / str(good))
-    raise TrainingError(
-        f"step {step}: loss = {loss}, gradient norm = {norm}; the run is stopped. Last good checkpoint: {where}."
-        " Lower optimizer.learning_rate or optimizer.clip_norm, or set model.dtype=float32, and run again."
-    )
 
 
 def _evaluate(shared, state, step):

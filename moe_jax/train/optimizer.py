@@ -102,6 +102,11 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.Gr
     return optax.chain(*clip, adamw)
 
 
+def updates_made(opt_state: optax.OptState) -> jax.Array:
+    """Updates that an optimizer of `make_optimizer` has made, int32: what its learning rate goes by. Skipped steps made none."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
+
+
 def _decays(name: str) -> bool:
     matches = [(rule, decays) for rule, decays in WEIGHT_DECAY_RULES if re.fullmatch(rule, name)]
     if len(matches) == 1:

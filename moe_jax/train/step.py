@@ -21,7 +21,8 @@ from moe_jax.routing import make_router, metrics
 from moe_jax.routing.contract import Router
 from moe_jax.routing.record import RECORDED
 from moe_jax.train import objective as obj
-from moe_jax.train.optimizer import learning_rate
+from moe_jax.train.finite import take_or_skip
+from moe_jax.train.optimizer import learning_rate, updates_made
 from moe_jax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -36,7 +37,7 @@ def make_train_step(
     replay a routing, `choice` and maybe `choice_weight` (`train.objective`).
     Metrics are a flat dict: scalars, and arrays over MoE layers [L] or layers and experts [L, E], the last of them the layer of
     `model.mtp_layers` if there is one. With `train.record` the routing is
-    among them, as `make_gradient_fn` has it.
+    among them, as `make_gradient_fn` has it. A step whose loss or gradient norm is not finite is skipped (`train.finite`).
     """
     schedule = learning_rate(config.optimizer, config.train.steps)
     measure = make_gradient_fn(config, graphdef, record=bool(config.train.record), observe=config.train.observe)
@@ -46,8 +47,9 @@ def make_train_step(
         gradients, router_state, report = measure(state.params, state.router_state, batch, step_key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        report |= {"train/learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, params, router_state, opt_state), report
+        report |= {"train/learning_rate": schedule(updates_made(state.opt_state))}
+        new = TrainState(state.step + 1, params, router_state, opt_state)
+        return (new, report) if config.guards.non_finite == "off" else take_or_skip(state, new, report)
 
     return jax.jit(train_step, donate_argnums=0)
 

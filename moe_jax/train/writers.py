@@ -38,7 +38,7 @@ class MetricWriter:
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
-        write_atomic(path, "".join(_lines_up_to(path, resume_step)))
+        write_atomic(path, "".join(lines_up_to(path, resume_step)))
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             # an event file of its own a start; purge_step hides what earlier ones hold from that step on
@@ -66,6 +66,11 @@ class MetricWriter:
                 for scalar, number in _scalars(name, value):
                     self._tensorboard.add_scalar(scalar, number, step)
 
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """A text of a step, for TensorBoard alone."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_text(name, text, step)
+
     def close(self) -> None:
         """Flushes and closes both files."""
         if self._file is not None:
@@ -80,8 +85,8 @@ class MetricWriter:
         self.close()
 
 
-def _lines_up_to(path, step):
-    """The whole lines of an earlier start up to `step`; a line that a kill cut short is left out."""
+def lines_up_to(path: pathlib.Path, step: int | None) -> list[str]:
+    """The whole lines of an earlier start up to `step` (None: no line); a line that a kill cut short is left out."""
     if step is None or not path.exists():
         return []
     kept = []
