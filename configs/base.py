@@ -214,7 +214,7 @@ def _guards():
     """What watches the run, and what it does when it speaks: off | warn | stop (docs/guards.md)."""
     guards = ConfigDict()
     guards.window = 50  # steps that a guard of the router looks back on, and that a loss or gradient norm is compared with
-    guards.warmup_steps = 100  # first steps of a run, in which only non_finite, stall and disk speak
+    guards.warmup_steps = 200  # first steps of a run, in which only non_finite, stall and disk speak
     guards.non_finite = "stop"  # a loss or gradient norm that is not finite: the step is skipped; off = nothing is skipped
     guards.skip_steps = 3  # steps in a row that are skipped before stop stops; 0 = stop at the first
     guards.loss_spike = "warn"  # a loss above those of the window

@@ -17,7 +17,7 @@ class GuardsConfig:
     """
 
     window: int = 50
-    warmup_steps: int = 100
+    warmup_steps: int = 200
     non_finite: str = "stop"
     skip_steps: int = 3
     loss_spike: str = "warn"

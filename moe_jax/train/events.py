@@ -1,10 +1,11 @@
-"""What guards said, in `events.jsonl`: one JSON object an event."""
+"""What guards find and say, and `events.jsonl`, where it stands: one JSON object an event."""
 
 import json
 import math
 import os
 import pathlib
 import threading
+from dataclasses import dataclass
 
 import jax
 
@@ -15,6 +16,36 @@ from moe_jax.validation import RefusalError
 
 class TrainingError(RefusalError):
     """A guard ended the run; the message names the step, the figure, the last good checkpoint and what to do."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a guard found in a step.
+
+    Attributes:
+      guard: its name.
+      value, threshold: the figure, and what it was held against.
+      what, remedy: the two parts of a sentence: what is the matter, and what to do.
+    """
+
+    guard: str
+    value: float
+    threshold: float
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """A finding of a step that is to be spoken of, and whether to "warn" or to "stop"."""
+
+    step: int
+    action: str
+    finding: Finding
+
+    def sentence(self, state_of_run: str = "") -> str:
+        """The one sentence; `state_of_run` stands between what is the matter and what to do."""
+        return f"step {self.step}: {'; '.join(filter(None, (self.finding.what, state_of_run, self.finding.remedy)))}."
 
 
 class EventLog:

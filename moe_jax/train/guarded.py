@@ -11,9 +11,9 @@ from jax.experimental import multihost_utils
 
 from moe_jax.config import Config
 from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.events import EventLog, TrainingError
+from moe_jax.train.events import Event, EventLog, Finding, TrainingError
 from moe_jax.train.finite import not_finite
-from moe_jax.train.guards import FIGURES, Event, Finding, Guards, is_finite
+from moe_jax.train.guards import FIGURES, Guards, is_finite
 from moe_jax.train.state import TrainState
 from moe_jax.train.watchdog import Watchdog
 from moe_jax.train.writers import MetricWriter

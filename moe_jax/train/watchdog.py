@@ -69,7 +69,7 @@ class Watchdog:
         stops = self._action == "stop"
         process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
         sentence = (
-            f"{process}{what} has not finished in {now - since:.0f} seconds, more than guards.stall_seconds allows ({allowed:.0f}):"
+            f"{process}{what} has not finished in {now - since:.1f} seconds, more than guards.stall_seconds allows ({allowed:.1f}):"
             f" {f'the process ends with status {EXIT_STALLED}' if stops else 'the run may hang'}; the stacks of all threads are in"
             f" {self._path}."
         )
