@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
     "moe_jax": 0,
     "moe_jax.config": 0,
+    "moe_jax.guards_config": 0,
     "moe_jax.validation": 0,
     "moe_jax.mesh": 0,
     "moe_jax.heap": 0,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import tiny
 
 from moe_jax.config import OptimizerConfig, TrainConfig
@@ -35,9 +36,9 @@ class Trainer:
         state = jax.tree.map(jnp.copy, self._start)
         return state.replace(step=state.step + step)
 
-    def step(self, state):
+    def step(self, state, **changes):
         with jax.set_mesh(self.mesh):
-            return self.compiled(state, self.batch, jax.random.key(7))
+            return self.compiled(state, self.batch | changes, jax.random.key(7))
 
 
 @functools.cache
@@ -98,6 +99,29 @@ def test_the_optimizer_does_not_know_the_bias():
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))]
     assert any("w_router_DE" in name for name in names)
     assert not any("bias_E" in name for name in names)
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "3e38"])
+def test_a_step_that_is_not_finite_leaves_all_but_its_number_as_it_was(value):
+    """Parameters, both moments, their counts, the bias; 3e38 is a finite weight of a token whose gradients are not."""
+    made = trainer()
+    state, metrics = made.step(made.fresh())
+    assert metrics["train/skipped"] == 0
+    before, params, number = bits(state.replace(step=jnp.int32(0))), bits(state.params), int(state.step)
+    bad, metrics = made.step(state, loss_weights=made.batch["loss_weights"] * np.float32(value))
+    assert metrics["train/skipped"] == 1
+    assert not (np.isfinite(metrics["train/loss"]) and np.isfinite(metrics["train/gradient_norm"]))
+    assert int(bad.step) == number + 1
+    assert bits(bad.replace(step=jnp.int32(0))) == before
+    assert made.compiled._cache_size() == 1
+    after, _ = made.step(bad)
+    straight, _ = made.step(made.step(made.fresh())[0])
+    assert bits(after.replace(step=jnp.int32(0))) == bits(straight.replace(step=jnp.int32(0)))
+    assert bits(after.params) != params
 
 
 def switch_trainer():
