@@ -64,7 +64,9 @@ class Guarded:
         return self._watchdog.patient(what)
 
     def may_save(self, step: int, state: TrainState) -> bool:
-        """Whether to save `state` now.
+        """Whether to save `state` after step `step`, which was looked at.
+
+        Not while steps are being skipped: a run that goes on from there would skip on, and newer checkpoints push older ones out.
 
         Raises:
           TrainingError: it holds numbers that are not finite, or the disk has no room for it and `guards.disk` is "stop".
@@ -74,6 +76,16 @@ class Guarded:
             names = f"{bad[0]}{f' and {len(bad) - 1} more arrays' if len(bad) > 1 else ''}"
             what = f"{names} of the state to be saved holds numbers that are not finite"
             self._speak(Event(step, "stop", Finding("non_finite", float(len(bad)), 0.0, what, "lower optimizer.learning_rate")))
+        if self._guards.skipping and step < self._config.train.steps:
+            what, remedy = (
+                "no checkpoint is made while steps are being skipped",
+                "the next is made when it is due after a finite step",
+            )
+            self._speak(Event(step, "warn", Finding("non_finite", 1.0, 0.0, what, remedy)))
+            return False
+        return self._has_room(step, state)
+
+    def _has_room(self, step, state):
         if self._config.guards.disk == "off":
             return True
         needed = self._config.guards.disk_factor * sum(leaf.nbytes for leaf in jax.tree.leaves(state))

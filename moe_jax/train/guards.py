@@ -46,6 +46,11 @@ class Guards:
         self._rules = [(getattr(guards, name), rule) for name, rule in rules if getattr(guards, name) != "off"]
         self._quiet: dict[str, int] = {}  # by guard that spoke: steps since it last found something
 
+    @property
+    def skipping(self) -> bool:
+        """Whether the last step was skipped."""
+        return self._non_finite is not None and self._non_finite.skipped > 0
+
     def look(self, step: int, metrics: Mapping[str, np.ndarray]) -> list[Event]:
         """The events of a step, given those of `FIGURES` that it has; steps come in order, each once."""
         if not is_finite(metrics):
@@ -70,25 +75,25 @@ class NonFinite:
     """Steps whose loss or gradient norm is not finite, which `train.finite` skips. They count in a row."""
 
     def __init__(self, guards: GuardsConfig):
-        self._stops, self._allowed, self._skipped = guards.non_finite == "stop", guards.skip_steps, 0
+        self._stops, self._allowed, self.skipped = guards.non_finite == "stop", guards.skip_steps, 0
 
     def end(self) -> None:
         """A step was finite."""
-        self._skipped = 0
+        self.skipped = 0
 
     def look(self, step: int, metrics: Mapping[str, np.ndarray]) -> list[Event]:
         """The first step of a row warns, that after the last allowed one stops."""
-        self._skipped += 1
-        stops = self._stops and self._skipped > self._allowed
-        if self._skipped > 1 and not stops:
+        self.skipped += 1
+        stops = self._stops and self.skipped > self._allowed
+        if self.skipped > 1 and not stops:
             return []
         figures = f"loss = {metrics['train/loss']}, gradient norm = {metrics['train/gradient_norm']}"
         if stops:
-            row = f", in {self._skipped} steps in a row" if self._skipped > 1 else ""
+            row = f", in {self.skipped} steps in a row" if self.skipped > 1 else ""
         else:
             row = "; the step is skipped" + (f", and so are up to {self._allowed - 1} more in a row" if self._stops else "")
         remedy = "lower optimizer.learning_rate or optimizer.clip_norm, or set model.dtype=float32"
-        finding = Finding("non_finite", float(self._skipped), float(self._allowed), figures + row, remedy)
+        finding = Finding("non_finite", float(self.skipped), float(self._allowed), figures + row, remedy)
         return [Event(step, "stop" if stops else "warn", finding)]
 
 

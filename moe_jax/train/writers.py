@@ -45,7 +45,7 @@ class MetricWriter:
             self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=self._last + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one step: all of it to `metrics.jsonl`; to TensorBoard numbers, and of lists over layers [L] their least, mean and
+        """Writes one step: all of it to `metrics.jsonl`; to TensorBoard finite numbers, and of lists over layers [L] their least, mean and
         largest, so that it gets no more of them for a deeper model.
 
         Raises:
@@ -64,7 +64,8 @@ class MetricWriter:
         if self._tensorboard is not None:
             for name, value in plain.items():
                 for scalar, number in _scalars(name, value):
-                    self._tensorboard.add_scalar(scalar, number, step)
+                    if math.isfinite(number):  # what is not would be a line of tensorboardX's warnings each
+                        self._tensorboard.add_scalar(scalar, number, step)
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """A text of a step, for TensorBoard alone."""

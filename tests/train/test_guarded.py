@@ -54,12 +54,15 @@ def poisoned(*steps):
 
 
 def test_a_run_skips_what_is_not_finite_and_says_so(folder, monkeypatch, capsys):
-    """Steps 5 and 6 of 8: two of the three that are allowed; a run that goes on from step 3 says it again, once."""
+    """Steps 5 and 6 of 8: two of the three that are allowed, in the second of which a checkpoint was due."""
     config = tiny_run.config(folder, "skips", train__log_every=1)
     with monkeypatch.context() as patch:
         on_steps(patch, poisoned(5, 6))
         loop.train(config)
-    (event,) = events(folder / "skips")
+    event, unsaved = events(folder / "skips")
+    assert (unsaved["step"], unsaved["guard"], unsaved["action"]) == (6, "non_finite", "warn")
+    assert unsaved["sentence"].startswith("step 6: no checkpoint is made while steps are being skipped;")
+    assert sorted(entry.name for entry in (folder / "skips" / "checkpoints").iterdir()) == ["3", "8"]
     assert (event["step"], event["guard"], event["action"], event["threshold"]) == (5, "non_finite", "warn", 3)
     assert event["sentence"].startswith("step 5: loss = nan, gradient norm = nan; the step is skipped, and so are up to 2 more")
     assert capsys.readouterr().err.count(event["sentence"]) == 1
@@ -77,17 +80,17 @@ def test_a_run_skips_what_is_not_finite_and_says_so(folder, monkeypatch, capsys)
 
 
 def test_a_run_stops_when_too_many_are_skipped_in_a_row(folder, monkeypatch):
-    config = tiny_run.config(folder, "stops", guards__skip_steps=2)
+    config = tiny_run.config(folder, "stops", guards__skip_steps=3)
     with monkeypatch.context() as patch:
-        on_steps(patch, poisoned(4, 5, 6, 7, 8))
+        on_steps(patch, poisoned(5, 6, 7, 8))
         with pytest.raises(
-            TrainingError, match=r"step 6: .*, in 3 steps in a row; the run is stopped, .*/stops/checkpoints/3; lower"
+            TrainingError, match=r"step 8: .*, in 4 steps in a row; the run is stopped, .*/stops/checkpoints/3; lower"
         ):
             loop.train(config)
-    assert [(event["step"], event["action"]) for event in events(folder / "stops")] == [(4, "warn"), (6, "stop")]
+    assert [(event["step"], event["action"]) for event in events(folder / "stops")] == [(5, "warn"), (6, "warn"), (8, "stop")]
     assert [entry.name for entry in (folder / "stops" / "checkpoints").iterdir()] == ["3"]
     loop.train(config)
-    assert events(folder / "stops") == []  # steps 4 to 8 came again, and were well
+    assert events(folder / "stops") == []  # steps 5 to 8 came again, and were well
     assert len(tiny_run.metrics(folder / "stops")) == 4
 
 
