@@ -66,6 +66,11 @@ class MetricWriter:
                 for scalar, number in _scalars(name, value):
                     self._tensorboard.add_scalar(scalar, number, step)
 
+    def sync(self) -> None:
+        """Returns when every line written is on disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flushes and closes both files."""
         if self._file is not None:
