@@ -35,12 +35,13 @@ def handlers():
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_notice_waits_for_the_step_and_its_checkpoint(number, status):
     before = handlers()
-    with pytest.raises(PreemptedError) as stopped, Notice() as notice:
+    with Notice() as notice:
         notice.hold()
         assert not notice.asked(6)
         os.kill(os.getpid(), number)
         assert notice.asked(7)
-        notice.stop(7, FOLDER)
+        with pytest.raises(PreemptedError) as stopped:
+            notice.stop(7, FOLDER)
     assert stopped.value.exit_status == status
     assert str(stopped.value) == (
         f"{number.name}: stopped after step 7, whose checkpoint is run/checkpoints/7; run the same command again to go on from there."
