@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
 from moe_jax.data import cache
+from moe_jax.train.preemption import PreemptedError
 from moe_jax.validation import RefusalError
 
 flags.disclaim_key_flags()  # a flag defined here belongs to the program that asked for it
@@ -26,6 +27,7 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
     """Parses the flags and runs `main`, with the positional arguments that `argument` names: "NAME", "A B", or "RUN..." for one or more.
 
     What the package refuses is one sentence on stderr and exit status 2; `--v=1` shows the traceback and other libraries' logs too.
+    A run that was told to stop and has saved its step exits with `preemption.EXIT_STATUS`.
     """
 
     def guarded(argv):
@@ -43,6 +45,10 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
             if absl.logging.get_verbosity() > 0:
                 raise
             _refuse(str(refusal))
+        except PreemptedError as stopped:
+            if jax.process_index() == 0:
+                print(stopped, file=sys.stderr)
+            sys.exit(stopped.exit_status)
 
     app.run(guarded, flags_parser=_parse)
 

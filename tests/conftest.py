@@ -27,6 +27,14 @@ def pytest_runtest_teardown(item):
     assert jax.device_count() == 8, f"{item.nodeid} leaves {jax.device_count()} devices to the tests after it"
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Prints what tests recorded as `figures`: docs/reliability.md has them."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "figures" and report.when == "call":
+                terminalreporter.write_line(f"\n{report.nodeid}\n{text}")
+
+
 @pytest.fixture
 def faults(monkeypatch):
     """Lets a test import what lies in tests/faults, and leaves no router of it to the tests after it."""

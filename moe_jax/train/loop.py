@@ -23,7 +23,7 @@ from moe_jax.models.generator import Generator, continue_texts
 from moe_jax.models.inference_weights import lay_out_for_inference
 from moe_jax.models.sampling import Sampling
 from moe_jax.sizes import with_vocabulary
-from moe_jax.train import observation, run
+from moe_jax.train import observation, preemption, run
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.clock import Clock
 from moe_jax.train.evaluate import evaluate, make_eval_step
@@ -56,6 +56,7 @@ class _Run:
     tape: Tape
     observes: bool  # evaluations, too: the figures of steps go by the config alone
     window: LoadWindow
+    notice: preemption.Notice
 
 
 def train(config: Config) -> dict[str, float | np.ndarray]:
@@ -65,12 +66,13 @@ def train(config: Config) -> dict[str, float | np.ndarray]:
       ConfigError, DataError, CheckpointError, RecordError: the config does not fit the devices, the data, the run folder or a
         routing record; nothing has been written then.
       TrainingError: a guard stopped the run (docs/guards.md).
+      PreemptedError: the run was told to stop, and its last step is saved.
     """
     config = initial.complete(config)
     run.check(config)
     emulate_devices(config.mesh.emulate)
     mesh = make_mesh(config)
-    with run.checkpoints(config) as checkpoints:
+    with preemption.Notice() as notice, run.checkpoints(config) as checkpoints:
         start = _where_to_start(config, checkpoints)
         corpus = load_corpus(config.data, config.workdir)
         config = with_vocabulary(config, corpus.tokenizer.vocab_size)
@@ -81,7 +83,7 @@ def train(config: Config) -> dict[str, float | np.ndarray]:
         tape = _tape(config, corpus, start or 0)
         print("\n".join(filter(None, (summary.opening(config, mesh, corpus), str(tape)))))
         with jax.set_mesh(mesh):
-            return _train(config, mesh, corpus, checkpoints, start, tape, source)
+            return _train(config, mesh, corpus, checkpoints, start, tape, source, notice)
 
 
 def _where_to_start(config, checkpoints):
@@ -138,7 +140,7 @@ def _tape(config, corpus, start):
     return tape
 
 
-def _train(config, mesh, corpus, checkpoints, start, tape, source):
+def _train(config, mesh, corpus, checkpoints, start, tape, source, notice):
     iterator = train_iterator(
         corpus.train,
         config.data,
@@ -163,11 +165,14 @@ def _train(config, mesh, corpus, checkpoints, start, tape, source):
         tape,
         observes,
         LoadWindow(),
+        notice,
     )
     if start:
         state = run.abstract_state(config, mesh)  # frees the fresh state before the saved one is read
         state, extra = checkpoints.restore(start, state)
         iterator.set_state(extra["data"])
+        if observes:
+            shared.window.resume(extra.get("window"))
     if start is not None:
         print(f"continuing from step {start} of {config.workdir}")
     write_run_info(config.workdir, to_dict(config))  # nothing is refused from here on
@@ -216,6 +221,9 @@ def _steps(shared: _Run, state: TrainState, start: int):
             )
             if done == start + 1:
                 clock.restart(done)
+                shared.notice.hold()  # what came earlier has ended the run
+            stops = shared.notice.asked(done)
+            saves |= stops
             if not (logs or evaluates or saves):
                 continue
             with clock.part("step"):
@@ -233,15 +241,19 @@ def _steps(shared: _Run, state: TrainState, start: int):
             if record:
                 writer.write(done, record | (clock.seconds() if logs else {}))
             if saves:
-                shared.tape.sync()  # a record has every step that a checkpoint has
-                shared.window.close()  # a run that goes on from here has no other
+                shared.tape.sync()  # a record has every step that a checkpoint has, and so have the metrics
+                writer.sync()
                 figures = {name: value for name, value in evaluation.items() if np.ndim(value) == 0} if evaluates else {}
                 extra = {"data": shared.iterator.get_state(), "metrics": figures, "origin": shared.origin}
+                extra["window"] = shared.window.state()
                 with clock.part("checkpoint"), guarded.patient("a checkpoint"):
                     if guarded.may_save(done, state):
                         shared.checkpoints.save(done, state, extra)
+                if stops:
+                    shared.notice.stop(done, shared.checkpoints)
             if evaluates or saves:
                 clock.restart(done)
+        shared.notice.release(config.steps, shared.checkpoints)
     return state, evaluation
 
 
@@ -269,7 +281,6 @@ def _evaluate(shared, state, step):
 
 
 def _finish(shared: _Run, state: TrainState, evaluation):
-    shared.checkpoints.wait()
     text = _sample(shared, state)
     print(summary.closing(shared.config, shared.corpus, evaluation, text))
     if text:

@@ -233,6 +233,14 @@ class LoadWindow:
         load_LE = np.asarray(load_LE, np.int64)
         self._load_LE = load_LE if self._load_LE is None else self._load_LE + load_LE
 
+    def state(self) -> list[list[int]] | None:
+        """The sums of a window that is open, as JSON has them: part of a checkpoint."""
+        return None if self._load_LE is None else self._load_LE.tolist()
+
+    def resume(self, state: list[list[int]] | None) -> None:
+        """Goes on with the sums that `state` gave."""
+        self._load_LE = None if state is None else np.array(state, np.int64)
+
     def close(self) -> dict[str, np.ndarray]:
         """`router/window/...` of the steps since the last call; nothing without steps. The next window begins."""
         load_LE, self._load_LE = self._load_LE, None

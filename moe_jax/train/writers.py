@@ -72,6 +72,11 @@ class MetricWriter:
         if self._tensorboard is not None:
             self._tensorboard.add_text(name, text, step)
 
+    def sync(self) -> None:
+        """Returns when every line written is on disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flushes and closes both files."""
         if self._file is not None:

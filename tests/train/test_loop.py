@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from moe_jax.config import ConfigError
 from moe_jax.data.documents import DataError
 from moe_jax.train import loop, observation
 from moe_jax.train.events import TrainingError
+from moe_jax.train.preemption import PreemptedError
 from moe_jax.validation import CheckpointError
 
 
@@ -46,6 +48,11 @@ def on_training_batch(monkeypatch, number, act):
 
 def cut(_):
     raise PowerCutError
+
+
+def tell_to_stop(batch):
+    signal.raise_signal(signal.SIGTERM)
+    return batch
 
 
 def contents(folder):
@@ -128,6 +135,22 @@ def test_a_run_cut_twice_goes_on_to_the_bit(folder, monkeypatch):
     tiny_run.assert_same_run(folder / "cut", folder / "straight")
     expected = json.loads((folder / "evaluation.json").read_text())
     assert {name: np.asarray(value).tolist() for name, value in evaluation.items()} == expected
+
+
+def test_a_run_told_to_stop_saves_its_step_and_goes_on_to_the_bit(folder, monkeypatch):
+    """SIGTERM in step 2, then in step 5: no checkpoint was due, and the figures of step 6 are also of step 5."""
+    config = tiny_run.config(folder, "told")
+    for number, step in ((2, 2), (3, 5)):
+        with monkeypatch.context() as patch:
+            on_training_batch(patch, number, tell_to_stop)
+            with pytest.raises(
+                PreemptedError, match=rf"SIGTERM: stopped after step {step}, whose checkpoint is .*told/.*/{step};"
+            ):
+                loop.train(config)
+    assert checkpoints(folder / "told") == [2, 3, 5]
+    assert [line["step"] for line in tiny_run.metrics(folder / "told")] == [2, 4]
+    loop.train(config)
+    tiny_run.assert_same_run(folder / "told", folder / "straight")
 
 
 def test_the_comparison_of_runs_can_fail(folder):
