@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import validation
+from moe_jax import processes, validation
 from moe_jax.config import Config, ConfigError
 
 AXES = ("data", "expert_outer", "fsdp", "expert", "tensor")
@@ -88,20 +88,28 @@ OUR_AXES = Axes(BATCH_AXES, EXPERT_AXES, "fsdp", "tensor")
 
 
 def emulate_devices(count: int) -> None:
-    """Makes JAX's CPU backend offer `count` devices; 0 changes nothing. Call before anything asks JAX for its devices.
+    """Makes JAX's CPU backend offer `count` devices, shared out over the processes of the run; 0 changes nothing.
+
+    Call before anything asks JAX for its devices.
 
     It also asks for two threads a device (`NPROC`, where that is not set). XLA's CPU client has one a device by default, and a
     device that may start two collectives at once can then hold the thread that the other one's last device waits for.
 
     Raises:
-      ConfigError: JAX has already started with another number of devices.
+      ConfigError: JAX has already started with another number of devices, or the processes do not divide it.
     """
     if count == 0:
         return
-    os.environ.setdefault("NPROC", str(2 * count))
+    if count % processes.count():
+        raise ConfigError(
+            f"mesh.emulate = {count} devices do not divide over {processes.count()} processes; choose a multiple of"
+            f" {processes.count()}."
+        )
+    own = count // processes.count()
+    os.environ.setdefault("NPROC", str(2 * own))
     try:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", own)
     except RuntimeError:
         pass  # already started: what counts is how many there are
     if jax.device_count() != count:
