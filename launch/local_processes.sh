@@ -76,14 +76,15 @@ done
 
 while [ "${#pids[@]}" -gt 0 ] && next_end; do
   for index in "${!pids[@]}"; do
-    [ "${pids[$index]}" = "$ended" ] && unset "pids[$index]"
+    [ "${pids[$index]}" = "$ended" ] && number="$index" && unset "pids[$index]"
   done
   if [ "$status" -ne 0 ]; then
     [ "$failed" -eq 0 ] && failed="$status"
+    say "process $number ended with status $status"
     if [ -z "${LEAVE_RUNNING:-}" ] && [ -z "${killer:-}" ] && [ "${#pids[@]}" -gt 0 ]; then
-      say "process $ended ended with status $status; stopping the others"
+      say "stopping the others"
       stop_all TERM
-      (sleep "$grace" && kill -s KILL "${pids[@]}" 2>/dev/null) &
+      (sleep "$grace" && kill -s KILL "${pids[@]}") >/dev/null 2>&1 &
       killer=$!
     fi
   fi

@@ -7,7 +7,8 @@
 #     bash launch/tpu_vm.sh status
 #     bash launch/tpu_vm.sh delete
 #
-# Needs gcloud, logged in, with a project. The run folder must be a disk that all workers see (a Filestore or a bucket mounted there).
+# Needs gcloud, logged in, with a project. The run folder must be on a disk that all workers see (a Filestore; not a bucket, as a
+# checkpoint is finished by a rename).
 # A train that ends because the slice was preempted is started again by the same command; spot slices must be created again first.
 #
 # Values to edit, or to give in the environment:
