@@ -1,6 +1,7 @@
 """The flags that say which processes make up a run: --processes, or --coordinator, --num_processes and --process_id."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,9 +34,13 @@ def define() -> ProcessFlags:
 
 @contextlib.contextmanager
 def joined(holders: ProcessFlags) -> Iterator[None]:
-    """Joins the run that the flags describe; a failure inside ends this process, and through it the others. Raises ConfigError."""
+    """Joins the run that the flags describe; a failure inside ends this process, and through it the others. Processes but the first log
+    warnings only. Raises ConfigError.
+    """
     numbers = (holders.coordinator.value, holders.num_processes.value, holders.process_id.value)
     timeout = holders.peer_timeout.value
     processes.start(processes.find(holders.kind.value, *numbers), timeout)
+    if not processes.first():
+        logging.getLogger("moe_jax").setLevel(logging.WARNING)
     with processes.ending(timeout):
         yield

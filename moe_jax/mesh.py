@@ -197,6 +197,30 @@ def data_shards(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def process_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(which, of how many): the part of every batch's rows that this process reads. Processes along the tensor axis read the same rows.
+
+    Raises:
+      ConfigError: devices in such an order that the processes' rows overlap in part.
+    """
+    rows = NamedSharding(mesh, batch_spec(1)).devices_indices_map((data_shards(mesh),))
+    shards: dict[int, set[int]] = {}
+    for device, (row,) in rows.items():
+        shards.setdefault(device.process_index, set()).add(row.indices(data_shards(mesh))[0])
+    return _part_of(shards, jax.process_index())
+
+
+def _part_of(shards, process):
+    """`process_part` of the shards of the batch that each process's devices hold."""
+    parts = sorted({tuple(sorted(held)) for held in shards.values()})
+    if sum(map(len, parts)) != len(set().union(*parts)) or len(set(map(len, parts))) > 1:
+        raise ConfigError(
+            f"mesh: the rows of a batch do not divide over the {len(shards)} processes, whose devices hold the parts {parts}; make each of"
+            " mesh.data, expert_outer, fsdp, expert and tensor divide the devices of a process, or be a multiple of them."
+        )
+    return parts.index(tuple(sorted(shards[process]))), len(parts)
+
+
 def batch_spec(ndim: int) -> P:
     """Spec of an array whose first axis is the batch (or the tokens) and whose others are whole."""
     return P(BATCH_AXES, *(None,) * (ndim - 1))

@@ -1,5 +1,10 @@
 """Where a process stands among those of its run: by flags, by what each scheduler leaves in the environment, or alone."""
 
+import os
+import pathlib
+import signal
+import socket
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -145,3 +150,24 @@ def test_emulated_devices_are_shared_out(monkeypatch):
 def test_failures_of_one_process_alone_are_left_to_the_program():
     with pytest.raises(ZeroDivisionError), processes.ending():
         raise ZeroDivisionError
+
+
+@pytest.mark.faults
+def test_an_abort_ends_its_process_as_ever_and_the_other_with_the_sentence():
+    """abort(3) is how JAX ends a process whose peer is gone; one for any other reason keeps its own status."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    program = (
+        "import os, sys, time; from moe_jax import processes; index = int(sys.argv[1]);"
+        f"processes.start(processes.Place('{address}', 2, index), 5); os.abort() if index else time.sleep(300)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, str(index)], env=environment, stderr=subprocess.PIPE, text=True)
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=240)[1] for process in started]
+    assert [process.returncode for process in started] == [processes.PEER_LOST, -signal.SIGABRT]
+    assert "error: another process of this run of 2 is gone, or was not heard of for 5 seconds" in said[0]
+    assert "error:" not in said[1]

@@ -20,7 +20,7 @@ from moe_jax.config import Config, ConfigError, to_dict
 from moe_jax.convert import initial
 from moe_jax.data.corpus import Corpus, load_corpus, save_tokenizer
 from moe_jax.data.pipeline import train_iterator
-from moe_jax.mesh import data_shards, emulate_devices, make_mesh, shard_batch
+from moe_jax.mesh import data_shards, emulate_devices, make_mesh, process_part, shard_batch
 from moe_jax.models.generator import Generator, continue_texts
 from moe_jax.models.inference_weights import lay_out_for_inference
 from moe_jax.models.sampling import Sampling
@@ -151,13 +151,8 @@ def _tape(config, corpus, start):
 
 
 def _train(config, mesh, corpus, checkpoints, start, tape, source):
-    iterator = train_iterator(
-        corpus.train,
-        config.data,
-        config.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    part, parts = process_part(mesh)
+    iterator = train_iterator(corpus.train, config.data, config.train.seed, process_index=part, process_count=parts)
     weights = _weights(config, mesh, checkpoints, start, source)
     graphdef, optimizer, state = create(config, weights)
     observes = config.train.observe and can_observe(config.model)
