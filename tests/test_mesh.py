@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import Config, ConfigError, MeshConfig
-from moe_jax.mesh import AXES, BATCH_AXES, abstract_mesh, emulate_devices, make_mesh, shard_batch
+from moe_jax.mesh import AXES, BATCH_AXES, _part_of, abstract_mesh, emulate_devices, make_mesh, process_part, shard_batch
 
 
 def with_mesh(**sizes):
@@ -51,3 +51,27 @@ def test_emulation_in_a_fresh_process():
         "6",
         "12",
     ]  # two threads a device
+
+
+@pytest.mark.parametrize(
+    ("shards", "expected"),
+    [
+        ({0: {0, 1, 2, 3}}, [(0, 1)]),
+        ({0: {0, 1}, 1: {2, 3}}, [(0, 2), (1, 2)]),
+        ({0: {0}, 1: {0}}, [(0, 1), (0, 1)]),  # the tensor axis goes from process to process
+        ({0: {0}, 1: {0}, 2: {1}, 3: {1}}, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ({0: {0, 2}, 1: {1, 3}}, [(0, 2), (1, 2)]),
+    ],
+)
+def test_processes_read_the_rows_of_their_devices(shards, expected):
+    assert [_part_of(shards, process) for process in shards] == expected
+
+
+@pytest.mark.parametrize("shards", [{0: {0, 1}, 1: {1, 2}}, {0: {0, 1}, 1: {2}}])
+def test_rows_that_overlap_in_part_are_refused(shards):
+    with pytest.raises(ConfigError, match="the rows of a batch do not divide over the 2 processes"):
+        _part_of(shards, 0)
+
+
+def test_a_process_alone_reads_all_rows():
+    assert process_part(make_mesh(with_mesh(data=2, expert=2, tensor=2))) == (0, 1)

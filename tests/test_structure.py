@@ -20,6 +20,8 @@ FLOORS = {
     "moe_jax.guards_config": 0,
     "moe_jax.validation": 0,
     "moe_jax.mesh": 0,
+    "moe_jax.processes": 0,
+    "moe_jax.xla_flags": 0,
     "moe_jax.heap": 0,
     "moe_jax.ops": 1,
     "moe_jax.routing": 2,

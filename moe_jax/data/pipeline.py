@@ -26,7 +26,7 @@ def train_iterator(
       split: the training split.
       config: `seq_len`, `batch_size` (global) and `prefetch` (batches made ahead by a thread; 0: none) are read.
       seed: of the packing and of the shuffles.
-      process_index, process_count: this process and the number of them.
+      process_index, process_count: this process and the number of them, of those that read different rows (`mesh.process_part`).
 
     Raises:
       DataError: the data do not fill one batch, or the batch does not divide over the processes.

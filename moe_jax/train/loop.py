@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from moe_jax import processes
 from moe_jax.analysis import summary
 from moe_jax.analysis.report.write import write_report
 from moe_jax.config import Config, ConfigError, to_dict
 from moe_jax.convert import initial
 from moe_jax.data.corpus import Corpus, load_corpus, save_tokenizer
 from moe_jax.data.pipeline import train_iterator
-from moe_jax.mesh import data_shards, emulate_devices, make_mesh, shard_batch
+from moe_jax.mesh import data_shards, emulate_devices, make_mesh, process_part, shard_batch
 from moe_jax.models.generator import Generator, continue_texts
 from moe_jax.models.inference_weights import lay_out_for_inference
 from moe_jax.models.sampling import Sampling
@@ -80,8 +81,9 @@ def train(config: Config) -> dict[str, float | np.ndarray]:
         if start:
             _refuse_other_origin(config.workdir, start, checkpoints.read_extra(start)["origin"], _origin(config, corpus))
         source = initial.open_for(config) if config.init_from and start is None else None
+        _agree(config, corpus, start)
         tape = _tape(config, corpus, start or 0)
-        print("\n".join(filter(None, (summary.opening(config, mesh, corpus), str(tape)))))
+        processes.say("\n".join(filter(None, (summary.opening(config, mesh, corpus), str(tape)))))
         with jax.set_mesh(mesh):
             return _train(config, mesh, corpus, checkpoints, start, tape, source, notice)
 
@@ -113,6 +115,11 @@ def _origin(config, corpus):
     }
 
 
+def _agree(config, corpus, start):
+    """Refuses processes that would not compute the same run: each sees the disks of its own host."""
+    processes.agree({"the last checkpoint": start, **_origin(config, corpus), "the config": to_dict(config)})
+
+
 def _refuse_other_origin(workdir, step, then, now):
     for field, value in now.items():
         if value != then[field]:
@@ -140,14 +147,9 @@ def _tape(config, corpus, start):
     return tape
 
 
-def _train(config, mesh, corpus, checkpoints, start, tape, source, notice):
-    iterator = train_iterator(
-        corpus.train,
-        config.data,
-        config.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def _train(config, mesh, corpus, checkpoints, start, tape, source):
+    part, parts = process_part(mesh)
+    iterator = train_iterator(corpus.train, config.data, config.train.seed, process_index=part, process_count=parts)
     weights = _weights(config, mesh, checkpoints, start, source)
     graphdef, optimizer, state = create(config, weights)
     observes = config.train.observe and can_observe(config.model)
@@ -174,9 +176,10 @@ def _train(config, mesh, corpus, checkpoints, start, tape, source, notice):
         if observes:
             shared.window.resume(extra.get("window"))
     if start is not None:
-        print(f"continuing from step {start} of {config.workdir}")
+        processes.say(f"continuing from step {start} of {config.workdir}")
     write_run_info(config.workdir, to_dict(config))  # nothing is refused from here on
-    save_tokenizer(corpus.tokenizer, config.workdir)
+    if processes.first():
+        save_tokenizer(corpus.tokenizer, config.workdir)
     if start == config.train.steps:
         return _finish(shared, state, _evaluate(shared, state, start))
     return _finish(shared, *_steps(shared, state, start or 0))
@@ -275,17 +278,17 @@ def _evaluate(shared, state, step):
         return metrics
     now = observer.finish(step, state.router_state, expert_weights(state.params), corpus.tokenizer.kind)
     before = observation.latest(config.workdir, step)
-    if jax.process_index() == 0:
+    if processes.first():
         now.save(observation.path_of(config.workdir, step))
     return metrics | summary_of(now, before if before and observation.comparable(now, before) else None)
 
 
 def _finish(shared: _Run, state: TrainState, evaluation):
     text = _sample(shared, state)
-    print(summary.closing(shared.config, shared.corpus, evaluation, text))
-    if text:
+    processes.say(summary.closing(shared.config, shared.corpus, evaluation, text))
+    if text and processes.first():
         (pathlib.Path(shared.config.workdir) / "sample.txt").write_text(text, encoding="utf-8")
-    if shared.config.train.report and jax.process_index() == 0:
+    if shared.config.train.report and processes.first():
         _report(shared.config.workdir)
     return evaluation
 
@@ -293,9 +296,11 @@ def _finish(shared: _Run, state: TrainState, evaluation):
 def _report(workdir):
     """The run's page, and where it is; a sentence where it cannot be drawn."""
     try:
-        print(f"\nReport: what the run learned and what its experts did, to open in a browser\n  {write_report([workdir])}")
+        processes.say(
+            f"\nReport: what the run learned and what its experts did, to open in a browser\n  {write_report([workdir])}"
+        )
     except ConfigError as refusal:
-        print(f"\nno report: {refusal}")
+        processes.say(f"\nno report: {refusal}")
 
 
 def _sample(shared, state):
@@ -309,7 +314,7 @@ def _sample(shared, state):
         laid_out = lay_out_for_inference(config.model, state.params, state.router_state, shared.mesh)
         generator = Generator(laid_out, vocab_size=tokenizer.vocab_size, **sizes)
     except ConfigError as refusal:
-        print(f"no sample: {refusal}")
+        processes.say(f"no sample: {refusal}")
         return ""
     sampling = Sampling(temperature=0.7, top_p=0.95, seed=config.train.seed)
     (tokens,) = continue_texts(generator, [prompt], [sampling], config.train.sample_tokens, {tokenizer.eot})

@@ -13,7 +13,7 @@ from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
 from moe_jax.data.corpus import Corpus
 from moe_jax.data.pipeline import validation_batches
 from moe_jax.data.tokenizers import Tokenizer, load
-from moe_jax.mesh import data_shards, emulate_devices, make_mesh
+from moe_jax.mesh import data_shards, emulate_devices, make_mesh, process_part
 from moe_jax.models.transformer import abstract, build
 from moe_jax.routing import language_router
 from moe_jax.train.checkpoint import Checkpoints
@@ -81,6 +81,7 @@ def evaluation_batches(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh) 
     """Validation batches of every domain, `train.eval_rows` rows each, with as many rows as a microbatch has."""
     microbatch = config.data.batch_size // config.train.accumulation
     batch_size = -(-microbatch // data_shards(mesh)) * data_shards(mesh)
+    part, parts = process_part(mesh)
     return {
         domain: [
             {name: batch[name] for name in EVALUATION_FIELDS}
@@ -90,8 +91,8 @@ def evaluation_batches(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh) 
                 domain,
                 config.train.eval_rows,
                 batch_size,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=part,
+                process_count=parts,
             )
         ]
         for domain in corpus.validation.present
