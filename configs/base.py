@@ -166,6 +166,7 @@ def _data():
     data.batch_size = 16  # B, rows per optimizer step over all devices and microbatches
     data.val_fraction = 0.05  # of documents, by hash
     data.max_megabytes = 0.0  # per domain; 0 = all
+    data.bad_records = "stop"  # lines and files that cannot be used: stop (at the first one) | skip (and count by kind)
     data.cache_dir = ""  # of tokenised corpora; "" = the user's cache folder
     data.prefetch = 2  # batches read ahead
     return data

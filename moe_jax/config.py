@@ -197,6 +197,7 @@ class DataConfig:
     batch_size: int = 16
     val_fraction: float = 0.05
     max_megabytes: float = 0.0
+    bad_records: str = "stop"
     cache_dir: str = ""
     prefetch: int = 2
 

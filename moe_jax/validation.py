@@ -41,6 +41,7 @@ CHOICES = {
     "model.moe.combine_wire": ("compute", "bfloat16", "float32"),
     "model.moe.grouped_matmul": ("auto", "cpu", "gpu", "tpu", "reference"),
     "data.corpus": ("builtin", "prose", "files"),
+    "data.bad_records": ("stop", "skip"),
     "data.tokenizer": ("bytes", "bpe", "gpt2"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "train.resume": ("auto", "never", "must"),

@@ -30,6 +30,7 @@ def opening(config: Config, mesh: jax.sharding.Mesh, corpus: Corpus) -> str:
     lines += [
         f"mesh    {axes} on {devices}",
         f"data    {corpus.describe()}",
+        *([f"        {corpus.left_out}"] if corpus.left_out else []),
         f"run     {config.train.steps} steps of {batch} in {config.workdir}",
     ]
     return "\n".join(lines)

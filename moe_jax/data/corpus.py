@@ -1,8 +1,8 @@
 """The corpus of a run: documents read, split, tokenized and cached.
 
-Three things are cached, each under a key of all that decides it (`data.cache_dir`): the fingerprint of the documents under the
-listing of their files, a trained BPE under (documents, size), and the tokens under (documents, tokenizer). A second start reads
-no document.
+Three things are cached, each under a key of all that decides it (`data.cache_dir`): the fingerprint of the documents, and what was
+left out of them, under the listing of their files; a trained BPE under (documents, size); the tokens under (documents, tokenizer).
+A second start reads no document.
 """
 
 import functools
@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_jax.config import DataConfig
 from moe_jax.data import builtin, cache, files, packages, tokenized, tokenizers
+from moe_jax.data.bad_records import BadRecords
 from moe_jax.data.documents import SAMPLE, DataError, Document, Source, by_domain, cut_lone_texts, unique, within_megabytes
 from moe_jax.data.split import split_documents
 from moe_jax.data.tokenized import Split
@@ -35,6 +36,7 @@ class Corpus:
       train, validation: the two splits; they share `domains`.
       tokenizer: their tokenizer.
       fingerprint: equal for corpora with equal documents on equal sides and equal tokenizers.
+      left_out: one line on the records that were left out (`data.bad_records`); "" where there is none.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Corpus:
     validation: Split
     tokenizer: Tokenizer
     fingerprint: str
+    left_out: str = ""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -84,11 +87,12 @@ def load_corpus(config: DataConfig, workdir: str = "") -> Corpus:
     Raises:
       DataError: files, packages or folders that cannot be used, or too few documents to split.
     """
-    source = _source(config)
+    bad = BadRecords(config.bad_records)
+    source = _source(config, bad)
     folder = cache.folder(config.cache_dir)
-    documents = functools.cache(lambda: _split(source, config))
-    key = _digest(VERSION, source.name, source.listing, config.val_fraction, config.max_megabytes)
-    fingerprint = _documents_fingerprint(folder / f"documents-{key}", documents)
+    documents = functools.cache(lambda: _split(source, config, bad))
+    key = _digest(VERSION, source.name, source.listing, config.val_fraction, config.max_megabytes, config.bad_records)
+    fingerprint, left_out = _read_once(folder / f"documents-{key}", documents, bad)
     tokenizer = _tokenizer(config, folder, workdir, fingerprint, documents)
     both = _digest(fingerprint, tokenizer.fingerprint)
 
@@ -98,7 +102,7 @@ def load_corpus(config: DataConfig, workdir: str = "") -> Corpus:
         return {name: tokenized.encode(side, domains, tokenizer) for name, side in zip(tokenized.SPLITS, sides, strict=True)}
 
     splits = tokenized.cached(folder / f"tokens-{both}", build)
-    return Corpus(config.corpus, splits["train"], splits["validation"], tokenizer, both)
+    return Corpus(config.corpus, splits["train"], splits["validation"], tokenizer, both, left_out)
 
 
 def save_tokenizer(tokenizer: Tokenizer, workdir: str) -> None:
@@ -107,31 +111,38 @@ def save_tokenizer(tokenizer: Tokenizer, workdir: str) -> None:
         cache.publish(Path(workdir) / "tokenizer", tokenizer.save)
 
 
-def _source(config: DataConfig) -> Source:
+def _source(config: DataConfig, bad: BadRecords) -> Source:
     if config.corpus == "files":
-        return files.source(config.paths)
+        return files.source(config.paths, bad)
     return {"builtin": builtin.source, "prose": packages.source}[config.corpus]()
 
 
-def _split(source: Source, config: DataConfig) -> Sides:
+def _split(source: Source, config: DataConfig, bad: BadRecords) -> Sides:
     documents = within_megabytes(cut_lone_texts(unique(source.read())), config.max_megabytes)
     train, validation = split_documents(documents, config.val_fraction)
     if not validation:
         raise DataError(
             f"data.corpus = {config.corpus!r} has {len(train)} document{'s' * (len(train) != 1)} to train on and none to"
-            " validate with; a domain needs two documents, or one text of several thousand characters in lines."
+            " validate with; a domain needs two documents, or one text of several thousand characters in lines"
+            f"{'; ' if bad.left_out else ''}{bad.describe()}."
         )
     return train, validation
 
 
-def _documents_fingerprint(target: Path, documents: Callable[[], Sides]) -> str:
-    file = target / "fingerprint"
-    if file.is_file():
-        return file.read_text()
+def _read_once(target: Path, documents: Callable[[], Sides], bad: BadRecords) -> tuple[str, str]:
+    """The fingerprint of the documents and the line on what was left out, which counts in `bad`; both kept in `target`."""
+    file, kept = target / "fingerprint", target / "left_out.txt"
+    if file.is_file() and kept.is_file():
+        return file.read_text(), kept.read_text(encoding="utf-8")
     sides = [[(document.domain, document.digest.hex(), document.vocabulary) for document in side] for side in documents()]
-    fingerprint = _digest(VERSION, sides)
-    cache.publish(target, lambda draft: (draft / "fingerprint").write_text(fingerprint))
-    return fingerprint
+    fingerprint, left_out = _digest(VERSION, sides), bad.describe()
+
+    def write(draft: Path) -> None:
+        (draft / "fingerprint").write_text(fingerprint)
+        (draft / "left_out.txt").write_text(left_out, encoding="utf-8")
+
+    cache.publish(target, write)
+    return fingerprint, left_out
 
 
 def _tokenizer(config: DataConfig, folder: Path, workdir: str, fingerprint: str, documents: Callable[[], Sides]) -> Tokenizer:

@@ -2,12 +2,13 @@
 
 - `*.jsonl`, `*.jsonl.gz`: a line is a document, `{"text": "...", "domain": "..."}`; `domain` is optional.
 - `*.bin`: token ids, little-endian uint16 or uint32, documents separated by the end-of-text id. Beside `web.bin` stands
-  `web.bin.json`: `{"dtype": "uint16", "vocab_size": 50257, "eot": 50256}`. The run's tokenizer must have that vocabulary.
+  `web.bin.json`: `{"dtype": "uint16", "vocab_size": 50257, "eot": 50256}`. The run's tokenizer must have that vocabulary. With
+  `"tokens": 123456` there too, a file that was cut short is told.
 - anything else: UTF-8 text, one document; a line that holds only the record separator U+001E ends a document within a file.
 
 The domain is the file's stem where an entry of `data.paths` names the file, and its folder's name where a glob found it:
 `("web.jsonl", "books/*.txt")` makes domains `web` and `books`. A text alone in its domain is cut into pieces later
-(`documents.cut_lone_texts`).
+(`documents.cut_lone_texts`). What cannot be used is refused, or left out and counted (`bad_records`).
 """
 
 import glob
@@ -19,130 +20,161 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
+from moe_jax.data.bad_records import EMPTY, BadRecordError, BadRecords, decode
 from moe_jax.data.documents import DataError, Document, Source
+from moe_jax.data.token_files import sidecar, token_file
 
 RECORD_END = re.compile("(?m)^\x1e(?:\r?\n|\\Z)")
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
-def source(patterns: tuple[str, ...]) -> Source:
+def source(patterns: tuple[str, ...], bad: BadRecords | None = None) -> Source:
     """The files that `data.paths` names.
 
+    Args:
+      patterns: paths and globs.
+      bad: what is done with files and lines that cannot be used (default: the first one is refused); counts when the source is read.
+
     Raises:
-      DataError: an entry matches no file.
+      DataError: an entry matches no file; or files and folders that cannot be read.
     """
-    found = _find(patterns)
-    listing = []
+    bad = bad or BadRecords()
+    found, unusable = _find(patterns)
+    if unusable and bad.stops:
+        raise unusable[0]
+    listing = [(error.where, error.kind, 0, 0) for error in unusable]
     for path, domain in found.items():
-        for file in (path, _sidecar(path)):
+        for file in (path, sidecar(path)):
             if file.exists():
                 listing.append((str(file.absolute()), domain, file.stat().st_size, file.stat().st_mtime_ns))
-    return Source("files", tuple(listing), lambda: [d for path, domain in found.items() for d in read_file(path, domain)])
+
+    def read() -> list[Document]:
+        for error in unusable:
+            bad.meet(error)
+        return [document for path, domain in found.items() for document in read_file(path, domain, bad)]
+
+    return Source("files", tuple(listing), read)
 
 
-def read_file(path: Path, domain: str) -> Iterator[Document]:
+def read_file(path: Path, domain: str, bad: BadRecords | None = None) -> Iterator[Document]:
     """The documents of one file.
+
+    Args:
+      path: of the file.
+      domain: of documents that do not name their own.
+      bad: as in `source`. A compressed file that is damaged gives what comes before the damage.
 
     Raises:
       DataError: the file cannot be read, is not UTF-8 or JSON, or its tokens do not fit their description.
     """
+    bad = bad or BadRecords()
+    before, empty = dict(bad.left_out), True
     try:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _json_lines(path, domain)
-        elif path.suffix == ".bin":
-            yield from _token_file(path, domain)
-        else:
-            text = _decode(path.read_bytes(), str(path))
-            for i, part in enumerate(RECORD_END.split(text)):
-                yield Document(domain, f"{path}#{i}" if i else str(path), part)
+        for document in _documents(path, domain, bad):
+            empty = empty and document.num_bytes == 0
+            yield document
+    except BadRecordError as error:
+        bad.meet(error)
     except (OSError, EOFError, zlib.error) as error:  # gzip raises the last two for a file that ends early or is damaged
-        raise DataError(f"{path} cannot be read: {error}; repair the file or take it out of data.paths.") from error
+        sentence = f"cannot be read: {error}; repair the file or take it out of data.paths."
+        bad.meet(BadRecordError("unreadable file", str(path), sentence))
+    if empty and bad.left_out == before:
+        bad.count(EMPTY, str(path))
 
 
-def _find(patterns: tuple[str, ...]) -> dict[Path, str]:
+def _documents(path, domain, bad):
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from _json_lines(path, domain, bad)
+    elif path.suffix == ".bin":
+        yield from token_file(path, domain)
+    else:
+        text = decode(path.read_bytes(), str(path))
+        for i, part in enumerate(RECORD_END.split(text)):
+            yield Document(domain, f"{path}#{i}" if i else str(path), part)
+
+
+def _find(patterns: tuple[str, ...]) -> tuple[dict[Path, str], list[BadRecordError]]:
+    """The files with their domains, and what was found that cannot be read."""
     found: dict[Path, str] = {}
+    unusable = {}
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
-        paths = [Path(name) for name in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(name)]
-        if not paths:
-            raise DataError(f"data.paths entry {pattern!r} matches no file; give a file's path, or a glob that finds some.")
+        names = _glob(pattern, expanded)
+        unusable |= {folder: _closed(folder) for folder in _closed_folders(expanded)}
+        unusable |= {name: _dangling(name) for name in names if not os.path.exists(name)}
+        paths = [Path(name) for name in names if os.path.isfile(name)]
+        if not paths and not unusable:
+            raise DataError(_matches_nothing(pattern, [name for name in names if os.path.isdir(name)]))
         for path in paths:
             stem = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
             found.setdefault(path, path.absolute().parent.name if glob.has_magic(expanded) else stem)
-    sidecars = {_sidecar(path) for path in found if path.suffix == ".bin"}  # `data/*` finds them too
-    return {path: domain for path, domain in found.items() if path not in sidecars}
+    sidecars = {sidecar(path) for path in found if path.suffix == ".bin"}  # `data/*` finds them too
+    return {path: domain for path, domain in found.items() if path not in sidecars}, list(unusable.values())
 
 
-def _decode(raw: bytes, where: str) -> str:
+def _glob(pattern, expanded):
     try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; convert the file to UTF-8."
-        ) from error
+        return sorted(glob.glob(expanded, recursive=True))
+    except (ValueError, re.error) as error:  # a NUL byte
+        raise DataError(f"data.paths entry {pattern!r} is no path: {error}; give a file's path, or a glob.") from error
 
 
-def _json_lines(path: Path, domain: str) -> Iterator[Document]:
+def _closed_folders(pattern):
+    """Folders that a glob has to list and may not: `glob` itself passes over them in silence."""
+    while glob.has_magic(pattern):
+        pattern = os.path.dirname(pattern)
+        for folder in glob.glob(pattern or os.curdir, recursive=True):
+            if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+                yield folder
+
+
+def _closed(folder):
+    return BadRecordError(
+        "unreadable folder",
+        folder,
+        "is a folder that may not be listed; give its read and execute permission, or another glob.",
+    )
+
+
+def _dangling(name):
+    return BadRecordError("link to nothing", name, "is a link to a file that is not there; repair or remove the link.")
+
+
+def _matches_nothing(pattern, folders):
+    if folders:
+        return (
+            f"data.paths entry {pattern!r} matches no file but the folder {folders[0]!r}; for the files in it give"
+            f" {os.path.join(folders[0], '*')!r}."
+        )
+    return f"data.paths entry {pattern!r} matches no file; give a file's path, or a glob that finds some."
+
+
+def _json_lines(path: Path, domain: str, bad: BadRecords) -> Iterator[Document]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            line = _decode(raw, where)
-            if not line.strip():
-                continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where} is not JSON ({error.msg}, column {error.colno}); write one object a line.") from error
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise DataError(f'{where} has no "text" string; every line must be an object like {{"text": "..."}}.')
-            if not isinstance(record.get("domain", ""), str):
-                raise DataError(f'{where} has "domain" = {record["domain"]!r}; give a string.')
-            if re.search("[\ud800-\udfff]", record["text"] + record.get("domain", "")):
-                raise DataError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which UTF-8 cannot write.")
-            yield Document(record.get("domain") or domain, where, record["text"])
+                document = _json_line(raw, f"{path}:{number}", domain)
+            except BadRecordError as error:
+                bad.meet(error)
+                continue
+            if document is not None:
+                yield document
 
 
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
-def _vocabulary(path: Path) -> tuple[np.dtype, int, int]:
-    """(dtype, vocab_size, eot) from the description beside a token file. Raises DataError."""
-    sidecar = _sidecar(path)
-    example = '{"dtype": "uint16", "vocab_size": 50257, "eot": 50256}'
-    if not sidecar.is_file():
-        raise DataError(f"{path} needs a description {sidecar.name} beside it, such as {example}.")
-    description = _decode(sidecar.read_bytes(), str(sidecar))
+def _json_line(raw: bytes, where: str, domain: str) -> Document | None:
+    line = decode(raw, where)
+    if not line.strip():
+        return None
     try:
-        entry = json.loads(description)
-        dtype, vocab_size, eot = DTYPES[entry["dtype"]], int(entry["vocab_size"]), int(entry["eot"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{sidecar} must be like {example}, with dtype uint16 or uint32; its fault: {error!r}.") from error
-    if not 0 <= eot < vocab_size <= np.iinfo(dtype).max + 1:
-        raise DataError(
-            f"{sidecar} has eot = {eot} and vocab_size = {vocab_size}; eot must be less than vocab_size, and vocab_size at most"
-            f" {np.iinfo(dtype).max + 1} for {entry['dtype']}."
-        )
-    return dtype, vocab_size, eot
-
-
-def _token_file(path: Path, domain: str) -> Iterator[Document]:
-    dtype, vocab_size, eot = _vocabulary(path)
-    size = path.stat().st_size
-    if size == 0 or size % dtype.itemsize:
-        raise DataError(f"{path} has {size} bytes, not a positive multiple of {dtype.itemsize} ({dtype.name}); make it again.")
-    tokens = np.memmap(path, dtype, mode="r")
-    if (largest := int(tokens.max())) >= vocab_size:
-        at = int(np.argmax(tokens >= vocab_size))
-        raise DataError(
-            f"{path} has token {int(tokens[at])} at index {at} (the largest is {largest}), not less than vocab_size ="
-            f" {vocab_size}; correct {_sidecar(path).name} or make the file again."
-        )
-    ends = np.append(np.flatnonzero(tokens == eot), len(tokens))
-    begin = 0
-    for end in ends.tolist():
-        if end > begin:
-            yield Document(domain, f"{path}@{begin}", tokens=tokens[begin:end], vocabulary=(vocab_size, eot))
-        begin = end + 1
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError itself: a number of too many digits
+        why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise BadRecordError("not JSON", where, f"is not JSON ({why}); write one object a line.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        sentence = 'has no "text" string; every line must be an object like {"text": "..."}.'
+        raise BadRecordError('no "text" string', where, sentence)
+    if not isinstance(record.get("domain", ""), str):
+        raise BadRecordError('"domain" no string', where, f'has "domain" = {record["domain"]!r}; give a string.')
+    if re.search("[\ud800-\udfff]", record["text"] + record.get("domain", "")):
+        sentence = "holds half of a surrogate pair (\\ud800 to \\udfff), which UTF-8 cannot write."
+        raise BadRecordError("half of a surrogate pair", where, sentence)
+    return Document(record.get("domain") or domain, where, record["text"])

@@ -87,11 +87,11 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step, None when there is none. Waits for the save under way, as `best` does."""
-        return max(self._steps(), default=None)
+        return max(self.steps(), default=None)
 
     def best(self) -> int | None:
         """The step of the complete checkpoint with the smallest `best_metric`, the newest of equals, None when none has it."""
-        ranks = {step: _rank(self.read_extra(step), self._best_metric) for step in self._steps()}
+        ranks = {step: _rank(self.read_extra(step), self._best_metric) for step in self.steps()}
         finite = [(rank, -step) for step, rank in ranks.items() if rank < math.inf]
         return -min(finite)[1] if finite else None
 
@@ -126,9 +126,9 @@ class Checkpoints:
 
     def path(self, step: int) -> pathlib.Path:
         """The folder of a complete checkpoint. Raises CheckpointError when there is none of this step."""
-        if step not in self._steps():
+        if step not in self.steps():
             raise CheckpointError(
-                f"No complete checkpoint of step {step} is in {self.folder}; there are {self._steps() or 'none'}."
+                f"No complete checkpoint of step {step} is in {self.folder}; there are {self.steps() or 'none'}."
             )
         return self.folder / str(step)
 
@@ -175,7 +175,8 @@ class Checkpoints:
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Those of the complete checkpoints, in order. Waits for the save under way."""
         self.wait()
         for entry in self._half_written():
             if entry.name not in self._reported:

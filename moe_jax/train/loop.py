@@ -24,7 +24,7 @@ from moe_jax.models.generator import Generator, continue_texts
 from moe_jax.models.inference_weights import lay_out_for_inference
 from moe_jax.models.sampling import Sampling
 from moe_jax.sizes import with_vocabulary
-from moe_jax.train import observation, preemption, run
+from moe_jax.train import observation, preemption, resuming, run, run_folder, sound
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.clock import Clock
 from moe_jax.train.evaluate import evaluate, make_eval_step
@@ -53,7 +53,7 @@ class _Run:
     checkpoints: Checkpoints
     iterator: Any
     batches: dict[str, list[dict]]
-    origin: dict[str, str | int]
+    identity: dict[str, dict]  # what a checkpoint says of the run
     tape: Tape
     observes: bool  # evaluations, too: the figures of steps go by the config alone
     window: LoadWindow
@@ -66,25 +66,28 @@ def train(config: Config) -> dict[str, float | np.ndarray]:
     Raises:
       ConfigError, DataError, CheckpointError, RecordError: the config does not fit the devices, the data, the run folder or a
         routing record; nothing has been written then.
+      OutputError: the run folder cannot be written; before anything is compiled where it can be told.
       TrainingError: a guard stopped the run (docs/guards.md).
       PreemptedError: the run was told to stop, and its last step is saved.
     """
+    run_folder.check(config.workdir)
     config = initial.complete(config)
     run.check(config)
     emulate_devices(config.mesh.emulate)
     mesh = make_mesh(config)
     with preemption.Notice() as notice, run.checkpoints(config) as checkpoints:
         start = _where_to_start(config, checkpoints)
+        changed = resuming.check_config(config, start) if start else ""
         corpus = load_corpus(config.data, config.workdir)
         config = with_vocabulary(config, corpus.tokenizer.vocab_size)
         make_mesh(config)  # the vocabulary must divide over the tensor axis too
         if start:
-            _refuse_other_origin(config.workdir, start, checkpoints.read_extra(start)["origin"], _origin(config, corpus))
+            resuming.check_checkpoint(checkpoints.read_extra(start), config, corpus, start)
         source = initial.open_for(config) if config.init_from and start is None else None
         _agree(config, corpus, start)
         tape = _tape(config, corpus, start or 0)
-        processes.say("\n".join(filter(None, (summary.opening(config, mesh, corpus), str(tape)))))
-        with jax.set_mesh(mesh):
+        processes.say("\n".join(filter(None, (summary.opening(config, mesh, corpus), str(tape), changed))))
+        with jax.set_mesh(mesh), run_folder.writing(config.workdir, checkpoints.latest):
             return _train(config, mesh, corpus, checkpoints, start, tape, source, notice)
 
 
@@ -105,28 +108,9 @@ def _where_to_start(config, checkpoints):
     return latest
 
 
-def _origin(config, corpus):
-    """What decides which rows come in which order, by the name of its field; a run cannot go on with another one."""
-    return {
-        "the fingerprint of data.corpus": corpus.fingerprint,
-        "data.seq_len": config.data.seq_len,
-        "data.batch_size": config.data.batch_size,
-        "train.seed": config.train.seed,
-    }
-
-
 def _agree(config, corpus, start):
     """Refuses processes that would not compute the same run: each sees the disks of its own host."""
-    processes.agree({"the last checkpoint": start, **_origin(config, corpus), "the config": to_dict(config)})
-
-
-def _refuse_other_origin(workdir, step, then, now):
-    for field, value in now.items():
-        if value != then[field]:
-            raise ConfigError(
-                f"{field} is {value!r} and was {then[field]!r} in the {step} steps that workdir = {workdir!r} has taken;"
-                " set it back to continue that run, or choose another workdir."
-            )
+    processes.agree({"the last checkpoint": start, **resuming.origin(config, corpus), "the config": to_dict(config)})
 
 
 def _tape(config, corpus, start):
@@ -139,7 +123,7 @@ def _tape(config, corpus, start):
         replay_weights=train.replay_weights,
         training=True,
         source={"workdir": config.workdir},
-        data=_origin(config, corpus),
+        data=resuming.origin(config, corpus),
         after=train_key(start) if start else None,
     )
     for step in range(start + 1, train.steps + 1):
@@ -163,7 +147,7 @@ def _train(config, mesh, corpus, checkpoints, start, tape, source):
         checkpoints,
         iterator,
         run.evaluation_batches(config, corpus, mesh),
-        _origin(config, corpus),
+        resuming.identity(config, corpus),
         tape,
         observes,
         LoadWindow(),
@@ -171,7 +155,7 @@ def _train(config, mesh, corpus, checkpoints, start, tape, source):
     )
     if start:
         state = run.abstract_state(config, mesh)  # frees the fresh state before the saved one is read
-        state, extra = checkpoints.restore(start, state)
+        state, extra = sound.restore(checkpoints, start, state)
         iterator.set_state(extra["data"])
         if observes:
             shared.window.resume(extra.get("window"))
@@ -188,7 +172,7 @@ def _train(config, mesh, corpus, checkpoints, start, tape, source):
 def _weights(config, mesh, checkpoints, start, source):
     """What to start from in place of random numbers; None where there is nothing, or a whole train state to restore."""
     if start == 0:  # converted: parameters and the router's state, and no optimizer's
-        weights, _ = checkpoints.restore(0, run.abstract_weights(config, mesh), part=True)
+        weights, _ = sound.restore(checkpoints, 0, run.abstract_weights(config, mesh), part=True)
         return weights["params"], weights["router_state"]
     return initial.load(source, config, mesh) if source else None
 
@@ -247,11 +231,10 @@ def _steps(shared: _Run, state: TrainState, start: int):
                 shared.tape.sync()  # a record has every step that a checkpoint has, and so have the metrics
                 writer.sync()
                 figures = {name: value for name, value in evaluation.items() if np.ndim(value) == 0} if evaluates else {}
-                extra = {"data": shared.iterator.get_state(), "metrics": figures, "origin": shared.origin}
-                extra["window"] = shared.window.state()
+                extra = {"data": shared.iterator.get_state(), "window": shared.window.state(), "metrics": figures}
                 with clock.part("checkpoint"), guarded.patient("a checkpoint"):
                     if guarded.may_save(done, state):
-                        shared.checkpoints.save(done, state, extra)
+                        shared.checkpoints.save(done, state, extra | shared.identity)
                 if stops:
                     shared.notice.stop(done, shared.checkpoints)
             if evaluates or saves:

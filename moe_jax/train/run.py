@@ -16,6 +16,7 @@ from moe_jax.data.tokenizers import Tokenizer, load
 from moe_jax.mesh import data_shards, emulate_devices, make_mesh, process_part
 from moe_jax.models.transformer import abstract, build
 from moe_jax.routing import language_router
+from moe_jax.train import sound
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.optimizer import learning_rate
 from moe_jax.train.run_info import read_config_tree
@@ -107,7 +108,7 @@ def restore(workdir: str, which: str = "latest", mesh: MeshConfig | None = None)
       which: "latest", "best" (the latest where none was evaluated) or a step.
 
     Raises:
-      ConfigError: no run there, no such checkpoint, or a mesh that does not fit.
+      ConfigError, CheckpointError: no run there, no such checkpoint or one that is not finite, or a mesh that does not fit.
     """
     folder, config = pathlib.Path(workdir), read_config(workdir)
     config = dataclasses.replace(config, mesh=mesh or config.mesh)
@@ -115,7 +116,7 @@ def restore(workdir: str, which: str = "latest", mesh: MeshConfig | None = None)
     device_mesh = make_mesh(config)
     with checkpoints(config) as saved, jax.set_mesh(device_mesh):
         step = find_step(saved, which)
-        weights, _ = saved.restore(step, abstract_weights(config, device_mesh), part=True)
+        weights, _ = sound.restore(saved, step, abstract_weights(config, device_mesh), part=True)
         graphdef = abstract(config.model)[0]
     tokenizer = load(folder / "tokenizer")
     return Restored(config, device_mesh, graphdef, weights["params"], weights["router_state"], tokenizer, step)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 import moe_jax
+from moe_jax.config import ConfigError
 from moe_jax.train.files import write_atomic
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -63,9 +64,21 @@ def write_run_info(workdir: str | os.PathLike, config: Mapping[str, Any]) -> Non
 
 
 def read_config_tree(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The config of the run in `workdir`, plain JSON types, in today's fields: those of older runs have other names."""
-    tree = json.loads((pathlib.Path(workdir) / "config.json").read_text(encoding="utf-8"))
-    attention = tree.get("model", {}).get("attention", {})
+    """The config of the run in `workdir`, plain JSON types, in today's fields: those of older runs have other names.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    file = pathlib.Path(workdir) / "config.json"
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+            raise ValueError("it has no group of fields named model")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{file} is no config of a run: {error}; put the run's own back, or choose another workdir."
+        ) from error
+    attention = tree["model"].get("attention", {})
     if "rope_theta" in attention:  # before the rotary embedding had more than a base
         attention["rope"] = {"theta": attention.pop("rope_theta")}
     if isinstance(attention.get("qk_norm"), bool):
