@@ -1,5 +1,7 @@
 """Numbers that are not finite: a step that has them is not taken, and a state that has them is not saved."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +28,15 @@ def take_or_skip(old: TrainState, new: TrainState, metrics: dict[str, jax.Array]
     return state.replace(step=new.step), metrics | {"train/skipped": 1 - finite.astype(jnp.int32)}
 
 
-def not_finite(state: TrainState) -> list[str]:
-    """Names of the floating-point arrays in `state` that hold a number that is not finite; every process gets the same answer."""
+def not_finite(state: Any) -> list[str]:
+    """Names of the floating-point arrays in a tree that hold a number that is not finite; every process gets the same answer."""
     leaves = {
         name: leaf
         for name, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
+    if not leaves:
+        return []
     return [name for name, finite in zip(leaves, np.asarray(_finite(list(leaves.values()))), strict=True) if not finite]
 
 

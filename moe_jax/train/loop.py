@@ -131,7 +131,7 @@ def _tape(config, corpus, start):
     return tape
 
 
-def _train(config, mesh, corpus, checkpoints, start, tape, source):
+def _train(config, mesh, corpus, checkpoints, start, tape, source, notice):
     part, parts = process_part(mesh)
     iterator = train_iterator(corpus.train, config.data, config.train.seed, process_index=part, process_count=parts)
     weights = _weights(config, mesh, checkpoints, start, source)

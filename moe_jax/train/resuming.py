@@ -53,6 +53,8 @@ MAY_CHANGE = {
     "train.replay_weights": "belongs to train.replay",
     "train.observe": "more figures of the same steps",
     "train.report": "about the end alone",
+    "guards": "what watches the run, and when it speaks",
+    "profile": "what is measured of it",
 }
 # These too, where the result is the same but for the rounding of sums: the condition on the config then and on the config now.
 EXACT = {

@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.paths import leaf_names
+from moe_jax.train.finite import not_finite
 from moe_jax.validation import CheckpointError
 
 
@@ -28,22 +25,6 @@ def restore(checkpoints: Checkpoints, step: int, abstract_state: Any, part: bool
     if good is None:
         fix = "no earlier checkpoint is good: train again in another workdir, with a lower optimizer.learning_rate"
     raise CheckpointError(f"{wrong[0]}{others} in the checkpoint {folder} holds NaN or infinity; {fix}.")
-
-
-def not_finite(tree: Any) -> list[str]:
-    """Names of the arrays that hold NaN or infinity."""
-    named = {
-        name: leaf
-        for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    }
-    finite = jax.device_get(_finite(named))
-    return [name for name in named if not finite[name]]
-
-
-@jax.jit
-def _finite(arrays):
-    return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), arrays)
 
 
 def _is_sound(checkpoints, step, abstract_state, part):

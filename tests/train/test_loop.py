@@ -15,7 +15,6 @@ from moe_jax.data.documents import DataError
 from moe_jax.train import loop, observation
 from moe_jax.train.events import TrainingError
 from moe_jax.train.preemption import PreemptedError
-from moe_jax.validation import CheckpointError
 
 
 class PowerCutError(Exception):

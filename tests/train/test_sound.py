@@ -10,7 +10,8 @@ from saved_run import save, with_nan
 
 from moe_jax.config import RouterConfig
 from moe_jax.routing import ROUTERS, make_router
-from moe_jax.train import loop, run, sound
+from moe_jax.train import loop, run
+from moe_jax.train.finite import not_finite
 from moe_jax.validation import CheckpointError
 
 
@@ -23,8 +24,8 @@ def test_arrays_that_are_not_finite_are_found_by_name():
         "key": jax.random.key(0),
         "empty": jnp.zeros((0, 4)),
     }
-    assert sorted(sound.not_finite(tree)) == ["infinite/half", "nan"]
-    assert sound.not_finite({}) == []
+    assert sorted(not_finite(tree)) == ["infinite/half", "nan"]
+    assert not_finite({}) == []
 
 
 @pytest.fixture(scope="module")
@@ -77,4 +78,4 @@ def test_where_no_checkpoint_is_good_it_says_so(runs):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_no_router_starts_with_a_state_that_would_be_refused(name):
     router = make_router(RouterConfig(name, {"all_experts": 8, "switch": 1, "base": 1}.get(name, 2)), 8)
-    assert sound.not_finite(router.init_state()) == []
+    assert not_finite(router.init_state()) == []
