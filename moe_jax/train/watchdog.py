@@ -73,13 +73,14 @@ class Watchdog:
             f" {f'the process ends with status {EXIT_STALLED}' if stops else 'the run may hang'}; the stacks of all threads are in"
             f" {self._path}."
         )
-        print(sentence, file=sys.stderr, flush=True)
-        self._dump(sentence)
-        self._report(self._step, sentence, now - since, allowed)
-        if stops:
+        try:
+            print(sentence, file=sys.stderr, flush=True)
+            self._dump(sentence)
+            self._report(self._step, sentence, now - since, allowed)
             sys.stdout.flush()
-            sys.stderr.flush()
-            self._end(EXIT_STALLED)
+        finally:  # whatever the files and the pipes say
+            if stops:
+                self._end(EXIT_STALLED)
 
     def _expect(self, what, lenience):
         self._doing = (what, time.monotonic(), lenience * self._seconds)

@@ -268,6 +268,14 @@ def test_the_watchdog_dumps_every_thread(tmp_path):
     assert ends == [EXIT_STALLED]
 
 
+def test_the_watchdog_ends_the_process_even_when_it_cannot_say_so(tmp_path, monkeypatch):
+    dog, _, ends = barking(tmp_path / "gone", "stop")
+    monkeypatch.setattr(dog, "_report", lambda *what: EventLog(tmp_path / "gone").write(1, "stall", "stop", "", 1.0, 1.0))
+    with pytest.raises(FileNotFoundError):
+        dog.check(time.monotonic() + 1000)
+    assert ends == [EXIT_STALLED]
+
+
 HANGS = """
 import sys, time
 from moe_jax.train.events import EventLog
