@@ -253,10 +253,12 @@ def _steps(shared: _Run, state: TrainState, start: int):
                 with clock.part("checkpoint"):
                     shared.checkpoints.save(done, state, extra)
                 if stops:
-                    shared.notice.stop(done, shared.checkpoints.path(done))
+                    shared.checkpoints.wait()
+                    shared.notice.stop(done, shared.config.workdir)
             if evaluates or saves:
                 clock.restart(done)
-        shared.notice.release(config.steps, shared.checkpoints.path(config.steps))
+        shared.checkpoints.wait()
+        shared.notice.release(config.steps, shared.config.workdir)
     return state, evaluation
 
 

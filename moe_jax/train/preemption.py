@@ -9,7 +9,6 @@ step; it has its own handler of SIGTERM from `jax.distributed.initialize` on, wh
 """
 
 import os
-import pathlib
 import signal
 import threading
 
@@ -49,18 +48,18 @@ class Notice:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._signal is not None
 
-    def stop(self, step: int, checkpoint: pathlib.Path) -> None:
-        """Raises PreemptedError, which says that `step` was the last one and where its finished checkpoint is."""
+    def stop(self, step: int, workdir: str) -> None:
+        """Raises PreemptedError, which says that `step` was the last one and that its checkpoint, which is finished, is in `workdir`."""
         name = signal.Signals(self._signal or signal.SIGTERM).name
         raise PreemptedError(
-            f"{name}: stopped after step {step}, whose checkpoint is {checkpoint}; run the same command again to go on from there.",
+            f"{name}: stopped after step {step}, whose checkpoint is in {workdir}; run the same command again to go on from there.",
             128 + (self._signal or signal.SIGTERM),
         )
 
-    def release(self, step: int, checkpoint: pathlib.Path) -> None:
+    def release(self, step: int, workdir: str) -> None:
         """Ends what `hold` began, after the last step. Raises PreemptedError where a notice came too late for `asked`."""
         if self._signal is not None:
-            self.stop(step, checkpoint)
+            self.stop(step, workdir)
         self._held = False
 
     def __enter__(self) -> "Notice":

@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax.train.preemption import EXIT_STATUS, Notice, PreemptedError
 
-FOLDER = pathlib.Path("run/checkpoints/7")
+FOLDER = "runs/mine"
 HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 # The main thread is in C, where Python runs no handlers; HELD is hold() or nothing.
@@ -44,7 +44,7 @@ def test_a_notice_waits_for_the_step_and_its_checkpoint(number, status):
             notice.stop(7, FOLDER)
     assert stopped.value.exit_status == status
     assert str(stopped.value) == (
-        f"{number.name}: stopped after step 7, whose checkpoint is run/checkpoints/7; run the same command again to go on from there."
+        f"{number.name}: stopped after step 7, whose checkpoint is in runs/mine; run the same command again to go on from there."
     )
     assert handlers() == before
     assert EXIT_STATUS == 143
