@@ -236,10 +236,10 @@ def _steps(shared: _Run, state: TrainState, start: int):
                     if guarded.may_save(done, state):
                         shared.checkpoints.save(done, state, extra | shared.identity)
                 if stops:
-                    shared.notice.stop(done, shared.checkpoints)
+                    shared.notice.stop(done, shared.config.workdir, shared.checkpoints.latest())
             if evaluates or saves:
                 clock.restart(done)
-        shared.notice.release(config.steps, shared.checkpoints)
+        shared.notice.release(config.steps, shared.config.workdir, shared.checkpoints.latest())
     return state, evaluation
 
 

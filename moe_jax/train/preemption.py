@@ -15,8 +15,6 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-from moe_jax.train.checkpoint import Checkpoints
-
 EXIT_STATUS = 128 + signal.SIGTERM  # 143: preempted; the same command goes on where it stopped
 
 
@@ -50,22 +48,21 @@ class Notice:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._signal is not None
 
-    def stop(self, step: int, checkpoints: Checkpoints) -> None:
-        """Raises PreemptedError, which says that `step` was the last one and where the last finished checkpoint is."""
-        name, latest = signal.Signals(self._signal or signal.SIGTERM).name, checkpoints.latest()
-        where = f"whose checkpoint is {checkpoints.path(step)}" if latest == step else "without a checkpoint of it"
-        if latest not in (step, None):
-            where += f" (the last is {checkpoints.path(latest)})"
+    def stop(self, step: int, workdir: str, saved: int | None) -> None:
+        """Raises PreemptedError, which says that `step` was the last one and which finished checkpoint, `saved`, is in `workdir`."""
+        name = signal.Signals(self._signal or signal.SIGTERM).name
+        where = f"whose checkpoint is in {workdir}"
+        if saved != step:
+            where = f"without a checkpoint of it; {'none' if saved is None else f'that of step {saved}'} is in {workdir}"
         raise PreemptedError(
             f"{name}: stopped after step {step}, {where}; run the same command again to go on from there.",
             128 + (self._signal or signal.SIGTERM),
         )
 
-    def release(self, step: int, checkpoints: Checkpoints) -> None:
+    def release(self, step: int, workdir: str, saved: int | None) -> None:
         """Ends what `hold` began, after the last step. Raises PreemptedError where a notice came too late for `asked`."""
-        checkpoints.wait()
         if self._signal is not None:
-            self.stop(step, checkpoints)
+            self.stop(step, workdir, saved)
         self._held = False
 
     def __enter__(self) -> "Notice":

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 
 from moe_jax.train.files import write_atomic
 
@@ -41,6 +40,8 @@ class MetricWriter:
         write_atomic(path, "".join(lines_up_to(path, resume_step)))
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
+            import tensorboardX  # which imports torch where there is one: seconds that other runs do not wait for
+
             # an event file of its own a start; purge_step hides what earlier ones hold from that step on
             self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=self._last + 1)
 

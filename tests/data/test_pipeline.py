@@ -81,6 +81,29 @@ def test_processes_share_the_global_batch_in_order():
         _equal(batch, {name: np.concatenate([share[name] for share in shares]) for name in batch})
 
 
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)])
+def test_the_position_carries_over_to_another_number_of_processes(first, then):
+    """Every process saves the same position, which counts global batches; no row is repeated or left out, over two passes."""
+
+    def start(processes):
+        return [train_iterator(SPLIT, CONFIG, process_index=p, process_count=processes) for p in range(processes)]
+
+    def whole(iterators):
+        parts = [next(iterator)["row_id"] for iterator in iterators]
+        return np.concatenate(parts).tolist()
+
+    count, before = 2 * len(ROWS) // CONFIG.batch_size, 5
+    saving, restoring = start(first), start(then)
+    rows = [whole(saving) for _ in range(before)]
+    (state,) = {json.dumps(iterator.get_state(), sort_keys=True) for iterator in saving}
+    for iterator in restoring:
+        iterator.set_state(json.loads(state))
+    rows += [whole(restoring) for _ in range(count - before)]
+    assert rows == _ids(count)
+    ids = np.concatenate(rows)
+    assert sorted(ids) == sorted(list(range(len(ROWS))) * 2)
+
+
 def test_validation_has_each_row_once_then_padding():
     batches = validation_batches(SPLIT, 16, "a", rows=1000, batch_size=4)
     source = PackedRows(SPLIT, 16, domain="a", pad_last=True)

@@ -15,7 +15,7 @@ import tiny_run
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.preemption import EXIT_STATUS
 
-WAIT_SECONDS = 300  # ends a hang, nothing else
+WAIT_SECONDS = 900  # ends a hang, nothing else
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: more than two lines of a tiny run
 MOMENTS = ("while it starts", "between steps", "in a save")
 # how many of the fifty, by moment and signal
@@ -175,7 +175,7 @@ def check(death: Death, before: int, every: int) -> None:
     assert death.lost == 0, death
     assert said.rstrip().splitlines()[-1] == (
         f"SIGTERM: stopped after step {death.logged}, whose checkpoint is"
-        f" {_folder(said)}/checkpoints/{death.logged}; run the same command again to go on from there."
+        f" in {_folder(said)}; run the same command again to go on from there."
     )
 
 

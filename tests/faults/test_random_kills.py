@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 
 pytestmark = pytest.mark.faults
-STEPS, EVERY = 480, 4
+STEPS, EVERY = 320, 4
 CHANGES = dict(
     train__steps=STEPS,
     train__log_every=1,
@@ -37,6 +37,10 @@ def test_fifty_kills(folder, record_property):
     for kill in lives.plan(seed=8):
         before = run.saved()
         deaths.append(run.die(kill))
+        print(
+            f"{len(deaths)}: {kill}, {before} -> {deaths[-1].saved} saved, {deaths[-1].lost} lost, left {deaths[-1].torn}",
+            flush=True,
+        )
         lives.check(deaths[-1], before, EVERY)
     said = [*(death.said for death in deaths[1:]), run.finish()]
     for death, after in zip(deaths, said, strict=True):

@@ -142,9 +142,7 @@ def test_a_run_told_to_stop_saves_its_step_and_goes_on_to_the_bit(folder, monkey
     for number, step in ((2, 2), (3, 5)):
         with monkeypatch.context() as patch:
             on_training_batch(patch, number, tell_to_stop)
-            with pytest.raises(
-                PreemptedError, match=rf"SIGTERM: stopped after step {step}, whose checkpoint is .*told/.*/{step};"
-            ):
+            with pytest.raises(PreemptedError, match=rf"SIGTERM: stopped after step {step}, whose checkpoint is in .*/told;"):
                 loop.train(config)
     assert checkpoints(folder / "told") == [2, 3, 5]
     assert [line["step"] for line in tiny_run.metrics(folder / "told")] == [2, 4]

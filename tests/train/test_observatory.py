@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -236,6 +237,19 @@ def test_a_window_adds_loads_up():
     window.add(np.array([[0, 4], [4, 0]], np.int32))
     np.testing.assert_allclose(window.close()["router/window/max_violation"], [0.0, 0.5])
     assert window.close() == {}
+
+
+def test_a_window_goes_on_from_its_state():
+    """As JSON has it: what a checkpoint within a window keeps."""
+    window, resumed = observatory.LoadWindow(), observatory.LoadWindow()
+    assert window.state() is None
+    window.add(np.array([[4, 0], [2, 2]], np.int32))
+    resumed.resume(json.loads(json.dumps(window.state())))
+    for each in (window, resumed):
+        each.add(np.array([[0, 4], [4, 0]], np.int32))
+    np.testing.assert_equal(resumed.close(), window.close())
+    resumed.resume(None)
+    assert resumed.close() == {}
 
 
 def test_a_file_comes_back_and_a_damaged_one_is_refused(tmp_path):

@@ -2,19 +2,17 @@
 
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from moe_jax.train.preemption import EXIT_STATUS, Notice, PreemptedError
 
-FOLDER = pathlib.Path("run/checkpoints")
+FOLDER = "runs/mine"
 HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 # The main thread is in C, where Python runs no handlers; HELD is hold() or nothing.
@@ -30,22 +28,17 @@ with Notice() as notice:
 """
 
 
-def saved(step):
-    """Checkpoints of which the last is that of `step`."""
-    return SimpleNamespace(latest=lambda: step, path=lambda step: FOLDER / str(step), wait=lambda: None)
-
-
 def handlers():
     return [signal.getsignal(number) for number in HANDLED]
 
 
-@pytest.mark.parametrize(("latest", "where"), [(None, ""), (4, " (the last is run/checkpoints/4)")])
+@pytest.mark.parametrize(("latest", "where"), [(None, "none"), (4, "that of step 4")])
 def test_a_step_whose_checkpoint_was_not_made_is_not_said_to_have_one(latest, where):
     with (
         Notice() as notice,
-        pytest.raises(PreemptedError, match=re.escape(f"after step 7, without a checkpoint of it{where};")),
+        pytest.raises(PreemptedError, match=f"after step 7, without a checkpoint of it; {where} is in {FOLDER};"),
     ):
-        notice.stop(7, saved(latest))
+        notice.stop(7, FOLDER, latest)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -57,10 +50,10 @@ def test_a_notice_waits_for_the_step_and_its_checkpoint(number, status):
         os.kill(os.getpid(), number)
         assert notice.asked(7)
         with pytest.raises(PreemptedError) as stopped:
-            notice.stop(7, saved(7))
+            notice.stop(7, FOLDER, 7)
     assert stopped.value.exit_status == status
     assert str(stopped.value) == (
-        f"{number.name}: stopped after step 7, whose checkpoint is run/checkpoints/7; run the same command again to go on from there."
+        f"{number.name}: stopped after step 7, whose checkpoint is in runs/mine; run the same command again to go on from there."
     )
     assert handlers() == before
     assert EXIT_STATUS == 143
@@ -72,7 +65,7 @@ def test_a_notice_after_the_last_question_is_not_lost():
         assert not notice.asked(7)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(PreemptedError, match="after step 7"):
-            notice.release(7, saved(7))
+            notice.release(7, FOLDER, 7)
 
 
 def test_a_second_control_c_interrupts_and_so_does_one_that_nothing_waits_for():
