@@ -41,7 +41,9 @@ start() {
   local out err
   exec {out}> >(label "$1") && labels+=("$!")
   exec {err}> >(label "$1" >&2) && labels+=("$!")
+  set -m # a process group of its own: a Ctrl-C comes once, by the trap
   "$python" -m launch.train "${@:2}" >&"$out" 2>&"$err" {out}>&- {err}>&- &
+  set +m
   pids+=("$!")
   exec {out}>&- {err}>&-
 }

@@ -222,7 +222,7 @@ def _report(error) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     traceback.print_exception(error)
-    return 1
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _meet_at_the_door():

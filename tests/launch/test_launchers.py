@@ -72,10 +72,12 @@ def test_local_processes_need_a_number(count):
 
 def test_local_processes_end_as_the_first_that_fails(tmp_path):
     """Output of each under its number; the others are stopped."""
-    python = """[ "$1" = -c ] && echo 1 && exit
-    echo "here is ${*: -1}"
-    [ "${*: -1}" = --process_id=1 ] && exit 9
-    exec sleep 100"""
+    python = f"""[ "$1" = -c ] && echo 1 && exit
+    echo "here is ${{*: -1}}"
+    touch "{tmp_path}/${{*: -1}}"
+    [ "${{*: -1}}" = --process_id=1 ] || exec sleep 300
+    until [ -e {tmp_path}/--process_id=0 ] && [ -e {tmp_path}/--process_id=2 ]; do sleep 0.1; done
+    exit 9"""
     stand_in(tmp_path, "python", python)
     done = bash("local_processes.sh", "3", PYTHON=str(tmp_path / "python"))
     assert done.returncode == 9
@@ -83,13 +85,16 @@ def test_local_processes_end_as_the_first_that_fails(tmp_path):
     assert "== process 1 ended with status 9\n== stopping the others\n" in done.stdout
 
 
-def test_local_processes_pass_signals_on(tmp_path):
-    stand_in(tmp_path, "python", '[ "$1" = -c ] && echo 1 && exit\ntrap "exit 0" TERM; echo up; while :; do sleep 0.1; done')
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_local_processes_pass_signals_on(tmp_path, number):
+    stand_in(
+        tmp_path, "python", '[ "$1" = -c ] && echo 1 && exit\ntrap "exit 0" TERM INT; echo up; while :; do sleep 0.1; done'
+    )
     command = ["bash", str(LAUNCH / "local_processes.sh"), "2"]
     environment = os.environ | {"PYTHON": str(tmp_path / "python")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as running:
         assert {running.stdout.readline(), running.stdout.readline()} == {"[0] up\n", "[1] up\n"}
-        running.terminate()
+        running.send_signal(number)
         assert running.wait(60) == 0
 
 
