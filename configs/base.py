@@ -28,6 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = _data()
     config.optimizer = _optimizer()
     config.train = _train()
+    config.profile = _profile()
     return override(config, arg)
 
 
@@ -208,6 +209,13 @@ def _train():
     train.observe = True  # the routing observatory (docs/observatory.md): more figures a step, a file of counts an evaluation
     train.report = False  # write the report of the run at its end (launch.report; needs matplotlib, extra `plots`)
     return train
+
+
+def _profile():
+    """What a run traces of itself (docs/profiling.md)."""
+    profile = ConfigDict()
+    profile.steps = ""  # FIRST:LAST: steps whose trace goes into the run folder, for TensorBoard, both ends too; "" = none
+    return profile
 
 
 def override(config: ConfigDict, arg: str) -> ConfigDict:

@@ -77,11 +77,13 @@ def moe_island(
         in_lines = {name: array.reshape(-1, *array.shape[2:]) for name, array in ({"x_TD": x_BSD} | rows).items()}
         about = {"num_sequences": len(x_BSD), "training": training, "batch": Spread(axes.batch) if axes.batch else Alone()}
         tokens = Tokens(**in_lines, noise_key=noise_key, **about)
-        routing = router(tokens, params, state)
-        probed = routing if loss_probe is None else router(tokens, jax.tree.map(_tapped, params, loss_probe), state)
-        sums = routing_sums(probed, tokens.mask_T, len(x_BSD), sequence_balance=moe.balance_loss_scope == "sequence")
+        with jax.named_scope("route"):
+            routing = router(tokens, params, state)
+            probed = routing if loss_probe is None else router(tokens, jax.tree.map(_tapped, params, loss_probe), state)
+            sums = routing_sums(probed, tokens.mask_T, len(x_BSD), sequence_balance=moe.balance_loss_scope == "sequence")
         weights = jax.tree.map(partial(_gather_fsdp, fsdp=axes.fsdp), weights, specs)
-        y_TD, stats, beside_BSD = _run_experts(x_BSD, tokens, routing, make_expert_fn(weights), beside_BSD, moe, axes)
+        expert_fn = jax.named_scope("experts")(make_expert_fn(weights))
+        y_TD, stats, beside_BSD = _run_experts(x_BSD, tokens, routing, expert_fn, beside_BSD, moe, axes)
         y_TD = jax.lax.psum(y_TD, tensor)
         y_TD = y_TD if routing.beside_TD is None else y_TD + routing.beside_TD
         y_BSD = y_TD.astype(x_BSD.dtype).reshape(x_BSD.shape) + (0 if beside_BSD is None else beside_BSD)

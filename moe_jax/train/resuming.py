@@ -53,6 +53,7 @@ MAY_CHANGE = {
     "train.replay_weights": "belongs to train.replay",
     "train.observe": "more figures of the same steps",
     "train.report": "about the end alone",
+    "profile": "a look at the same steps",
 }
 # These too, where the result is the same but for the rounding of sums: the condition on the config then and on the config now.
 EXACT = {
