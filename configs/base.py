@@ -29,6 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer = _optimizer()
     config.train = _train()
     config.guards = _guards()
+    config.profile = _profile()
     return override(config, arg)
 
 
@@ -237,6 +238,13 @@ def _guards():
     guards.disk = "stop"  # too little free space for a checkpoint; warn = that checkpoint is left out
     guards.disk_factor = 1.1  # free bytes wanted, times the state's
     return guards
+
+
+def _profile():
+    """What a run traces of itself (docs/profiling.md)."""
+    profile = ConfigDict()
+    profile.steps = ""  # FIRST:LAST: steps whose trace goes into the run folder, for TensorBoard, both ends too; "" = none
+    return profile
 
 
 def override(config: ConfigDict, arg: str) -> ConfigDict:

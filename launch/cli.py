@@ -101,13 +101,23 @@ def _refusing_flags():
     except flags.Error as error:
         refusals = [e for e in _causes(error) if isinstance(e, ConfigError)]
         _refuse(str(refusals[-1] if refusals else error))
-    except (AttributeError, KeyError) as error:
-        if pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name != "config_dict":
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        files = [pathlib.Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        where = next(
+            file for file in reversed(files) if file.name != "ast.py"
+        ).parent.name  # ml_collections parses paths with it
+        if where not in ("config_dict", "config_flags"):
             raise  # a fault in a config file's own code, not a field that a config does not have
-        field = re.search(r"^\W*(?:Key \W)?(\w+)", str(error))[1]
+        field = re.search(r"^\W*(?:Key \W)?(\w+)", str(error))[1] if where == "config_dict" else _looked_up(error)
         near = re.search(r'mean "(\w+)"', str(error))
         hint = f"did you mean {near[1]!r}?" if near else "configs/base.py has them all."
         _refuse(f"the config has no field {field!r}; {hint}")
+
+
+def _looked_up(error):
+    """The dotted path that ml_collections was following."""
+    every = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next(names[name] for names in reversed(every) for name in ("field_path", "config_path") if names.get(name))
 
 
 def _causes(error):

@@ -7,6 +7,7 @@ of devices is checked by `validation.check_devices`.
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ProfileConfig",
     "RopeConfig",
     "RouterConfig",
     "TrainConfig",
@@ -242,6 +244,13 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """What a run traces of itself."""
+
+    steps: str = ""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -253,6 +262,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     guards: GuardsConfig = field(default_factory=GuardsConfig)
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self):
         validation.check(self)
@@ -318,4 +328,8 @@ def _convert(kind, value, path):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{path} = {value!r} is a {type(value).__name__}; give a {kind.__name__}.")
+    if kind is int and not -(2**31) <= value < 2**31:
+        raise ConfigError(f"{path} = {value} does not fit in 32 bits; give a smaller number.")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{path} = {value} is not a finite number; give one.")
     return value

@@ -37,8 +37,11 @@ class EinsumDispatch:
         dispatch_TEC = jnp.zeros(shape, x_TD.dtype).at[index].set(1, mode="drop")
         combine_TEC = jnp.zeros(shape, jnp.float32).at[index].add(routing.weight_A, mode="drop")
         highest = jax.lax.Precision.HIGHEST
-        y_ECD = expert_fn(jnp.einsum("TEC,TD->ECD", dispatch_TEC, x_TD, precision=highest))
-        y_TD = jnp.einsum("TEC,ECD->TD", combine_TEC, y_ECD.astype(jnp.float32), precision=highest)
+        with jax.named_scope("dispatch"):
+            x_ECD = jnp.einsum("TEC,TD->ECD", dispatch_TEC, x_TD, precision=highest)
+        y_ECD = expert_fn(x_ECD)
+        with jax.named_scope("combine"):
+            y_TD = jnp.einsum("TEC,ECD->TD", combine_TEC, y_ECD.astype(jnp.float32), precision=highest)
         dropped = jnp.sum((routing.expert_A < num_experts) & (place_A >= capacity), dtype=jnp.int32)
         return y_TD.astype(self.out_dtype or x_TD.dtype), make_stats(routing, dropped_capacity=dropped)
 

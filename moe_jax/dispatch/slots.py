@@ -29,6 +29,7 @@ class Slots(NamedTuple):
     dropped: jax.Array
 
 
+@jax.named_scope("dispatch")
 def claim_slots(group_A: jax.Array, num_groups: int, capacity: int, keys: tuple[jax.Array, ...] = ()) -> Slots:
     """Gives each group's `capacity` rows to its first assignments.
 
@@ -49,6 +50,7 @@ def claim_slots(group_A: jax.Array, num_groups: int, capacity: int, keys: tuple[
     return Slots(slot_A, source_GC.reshape(-1), jnp.sum(jnp.maximum(size_G - capacity, 0), dtype=jnp.int32))
 
 
+@jax.named_scope("dispatch")
 def sort_slots(
     group_A: jax.Array, num_groups: int, num_rows: int | None = None, keys: tuple[jax.Array, ...] = ()
 ) -> tuple[Slots, jax.Array]:
@@ -97,6 +99,7 @@ def claim_keys(routing: Routing, priority: str) -> tuple[jax.Array, ...]:
     return (choice_A,)
 
 
+@jax.named_scope("dispatch")
 def fill_rows(x_TD: jax.Array, routing: Routing, slots: Slots) -> jax.Array:
     """The token of each buffer row, [R, D] in x's dtype; zeros in empty rows. Gradients reach x."""
     token_R = routing.token_A.at[slots.source_R].get(mode="fill", fill_value=x_TD.shape[0])
@@ -105,6 +108,7 @@ def fill_rows(x_TD: jax.Array, routing: Routing, slots: Slots) -> jax.Array:
     return _fill(routing.choices, *vary_alike(x_TD, token_R, slots.slot_A))
 
 
+@jax.named_scope("combine")
 def combine_rows(rows_RD: jax.Array, routing: Routing, slots: Slots, num_tokens: int) -> jax.Array:
     """Sums each token's rows times their weights, float32 [T, D]. Gradients reach the rows and the weights."""
     if routing.choices is None:
@@ -113,6 +117,7 @@ def combine_rows(rows_RD: jax.Array, routing: Routing, slots: Slots, num_tokens:
     return _combine(routing.choices, *vary_alike(rows_RD, routing.weight_A, slots.slot_A, slots.source_R))
 
 
+@jax.named_scope("combine")
 def sum_rows(rows_RD: jax.Array, choices: int, slots: Slots) -> jax.Array:
     """Sums each token's rows, float32 [T, D], for a list of `choices` times all tokens. Gradients reach the rows."""
     return _sum(choices, *vary_alike(rows_RD, slots.slot_A, slots.source_R))

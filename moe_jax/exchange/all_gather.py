@@ -63,6 +63,7 @@ class AllGather:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@jax.named_scope("exchange")
 def _gather(level, wire, x_TD):
     """All peers' tokens, each rounded to the dispatch wire once."""
     payload, scale = (jax.lax.all_gather(a, level.axes, tiled=True) if a.size else a for a in encode(x_TD, wire.dispatch))
@@ -81,6 +82,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@jax.named_scope("exchange")
 def _scatter(level, wire, partial_TD):
     """The sum over peers of their partial sums for this device's tokens, float32, each rounded to the combine wire once."""
     if wire.combine == "float32":
@@ -93,6 +95,7 @@ def _scatter_forward(level, wire, partial_TD):
     return _scatter(level, wire, partial_TD), partial_TD[:0]
 
 
+@jax.named_scope("exchange")
 def _scatter_backward(level, wire, like, g_TD):
     return (jax.lax.all_gather(g_TD.astype(wire.combine), level.axes, tiled=True).astype(like.dtype),)
 
@@ -100,6 +103,7 @@ def _scatter_backward(level, wire, like, g_TD):
 _scatter.defvjp(_scatter_forward, _scatter_backward)
 
 
+@jax.named_scope("exchange")
 def _gather_routing(routing: Routing, level: Level) -> Routing:
     """The peers' assignments with this device's experts as 0..E/n and every other expert nowhere.
 

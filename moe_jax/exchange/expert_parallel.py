@@ -77,11 +77,10 @@ def moe_island(
         in_lines = {name: array.reshape(-1, *array.shape[2:]) for name, array in ({"x_TD": x_BSD} | rows).items()}
         about = {"num_sequences": len(x_BSD), "training": training, "batch": Spread(axes.batch) if axes.batch else Alone()}
         tokens = Tokens(**in_lines, noise_key=noise_key, **about)
-        routing = router(tokens, params, state)
-        probed = routing if loss_probe is None else router(tokens, jax.tree.map(_tapped, params, loss_probe), state)
-        sums = routing_sums(probed, tokens.mask_T, len(x_BSD), sequence_balance=moe.balance_loss_scope == "sequence")
+        routing, sums = _route(router, tokens, params, state, loss_probe, moe)
         weights = jax.tree.map(partial(_gather_fsdp, fsdp=axes.fsdp), weights, specs)
-        y_TD, stats, beside_BSD = _run_experts(x_BSD, tokens, routing, make_expert_fn(weights), beside_BSD, moe, axes)
+        expert_fn = jax.named_scope("experts")(make_expert_fn(weights))
+        y_TD, stats, beside_BSD = _run_experts(x_BSD, tokens, routing, expert_fn, beside_BSD, moe, axes)
         y_TD = jax.lax.psum(y_TD, tensor)
         y_TD = y_TD if routing.beside_TD is None else y_TD + routing.beside_TD
         y_BSD = y_TD.astype(x_BSD.dtype).reshape(x_BSD.shape) + (0 if beside_BSD is None else beside_BSD)
@@ -101,6 +100,15 @@ def moe_island(
     y_BSD, per_token, sums, stats = island(*arrays, noise_key)
     per_token = {name: lay_out(array, whole.batch_spec(array.ndim)) for name, array in per_token.items()}
     return lay_out(y_BSD, whole.batch_spec(3)), sums, stats, per_token
+
+
+@jax.named_scope("route")
+def _route(router, tokens, params, state, loss_probe, moe):
+    """The routing of this device's tokens and its sums, these through the probe where there is one."""
+    routing = router(tokens, params, state)
+    probed = routing if loss_probe is None else router(tokens, jax.tree.map(_tapped, params, loss_probe), state)
+    by_sequence = moe.balance_loss_scope == "sequence"
+    return routing, routing_sums(probed, tokens.mask_T, tokens.num_sequences, sequence_balance=by_sequence)
 
 
 @jax.custom_vjp

@@ -13,6 +13,7 @@ from moe_jax.exchange.wire import Wire, decode, encode
 from moe_jax.ops.varying import vary_over, varying_axes
 
 
+@jax.named_scope("exchange")
 def ship(
     transport: Transport, wire: Wire, link: Link, x_ND: jax.Array, weights_NM: jax.Array, words_NW: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -32,6 +33,7 @@ def ship(
     return _ship(transport, wire, link, *arrays)
 
 
+@jax.named_scope("exchange")
 def ship_home(transport: Transport, wire: Wire, link: Link, y_RD: jax.Array) -> jax.Array:
     """Sends the receivers' rows back to their senders, float32 [N, D], rounded to the wire's combine dtype."""
     axes = varying_axes(y_RD, link.peer_N)

@@ -24,19 +24,24 @@ def run_soft(x_BSD: jax.Array, routing: SoftRouting, expert_fn: ExpertFn, axes: 
     B, _, D = x_BSD.shape
     E = routing.num_experts
     n = math.prod(map(axis_size, axes))
-    x_BPD = jnp.einsum("BSP,BSD->BPD", routing.dispatch_BSP, x_BSD.astype(jnp.float32), precision=_FULL).astype(x_BSD.dtype)
+    with jax.named_scope("dispatch"):
+        x32_BSD = x_BSD.astype(jnp.float32)
+        x_BPD = jnp.einsum("BSP,BSD->BPD", routing.dispatch_BSP, x32_BSD, precision=_FULL).astype(x_BSD.dtype)
     x_ECD = x_BPD.reshape(B, E, -1, D).swapaxes(0, 1).reshape(E, -1, D)
     answer_ECD = _home(expert_fn(_out(x_ECD, axes)), axes)
     answer_BPD = answer_ECD.reshape(E, B, -1, D).swapaxes(0, 1).reshape(B, -1, D).astype(jnp.float32)
-    y_BSD = jnp.einsum("BSP,BPD->BSD", routing.combine_BSP, answer_BPD, precision=_FULL)
+    with jax.named_scope("combine"):
+        y_BSD = jnp.einsum("BSP,BPD->BSD", routing.combine_BSP, answer_BPD, precision=_FULL)
     sent = 2 * x_BPD.size * x_BPD.dtype.itemsize * (n - 1) / n
     return y_BSD, make_stats(routing, bytes_sent=jnp.full((), sent, jnp.float32))
 
 
+@jax.named_scope("exchange")
 def _out(x_ECD, axes):
     """[E, C, D] of this device's slots to [E / n, n * C, D] of this device's experts."""
     return jax.lax.all_to_all(x_ECD, axes, 0, 1, tiled=True) if axes else x_ECD
 
 
+@jax.named_scope("exchange")
 def _home(x_ECD, axes):
     return jax.lax.all_to_all(x_ECD, axes, 1, 0, tiled=True) if axes else x_ECD

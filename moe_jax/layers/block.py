@@ -54,7 +54,8 @@ class Block(nnx.Module):
           sees_all: as in `Attention.__call__`; None where all layers are alike.
           **for_moe: arguments of `MoE.__call__`.
         """
-        y_BSD = self.attention(self.attention_norm(x_BSD), segment_ids_BS, positions_BS, sees_all)
+        with jax.named_scope("attention"):
+            y_BSD = self.attention(self.attention_norm(x_BSD), segment_ids_BS, positions_BS, sees_all)
         return self._add(x_BSD, y_BSD, segment_ids_BS > 0, for_moe)
 
     def prefill(
@@ -66,7 +67,8 @@ class Block(nnx.Module):
         **for_moe: Any,
     ) -> tuple[jax.Array, MoEAux | None, dict[str, jax.Array]]:
         """As `__call__`, and what attention keeps of each token (`Attention.prefill`)."""
-        y_BSD, kept = self.attention.prefill(self.attention_norm(x_BSD), segment_ids_BS, positions_BS, sees_all)
+        with jax.named_scope("attention"):
+            y_BSD, kept = self.attention.prefill(self.attention_norm(x_BSD), segment_ids_BS, positions_BS, sees_all)
         return *self._add(x_BSD, y_BSD, segment_ids_BS > 0, for_moe), kept
 
     def decode(
@@ -82,7 +84,8 @@ class Block(nnx.Module):
           window: of this layer; 0 for none.
           **for_moe: arguments of `MoE.__call__`.
         """
-        y_B1D, cache = self.attention.decode(self.attention_norm(x_B1D), cache, at_B, window)
+        with jax.named_scope("attention"):
+            y_B1D, cache = self.attention.decode(self.attention_norm(x_B1D), cache, at_B, window)
         return *self._add(x_B1D, y_B1D, live_B[:, None], for_moe), cache
 
     def _add(self, x_BSD, y_BSD, mask_BS, for_moe):

@@ -16,6 +16,7 @@ class Clock:
     def __init__(self, tokens_per_step: int, step: int):
         self._tokens_per_step = tokens_per_step
         self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._totals = dict.fromkeys(PARTS, 0.0)
         self.restart(step)
 
     def restart(self, step: int) -> None:
@@ -29,7 +30,9 @@ class Clock:
         try:
             yield
         finally:
-            self._seconds[name] += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._seconds[name] += seconds
+            self._totals[name] += seconds
 
     def tokens_per_second(self, step: int) -> float:
         """Of the steps up to `step` since the last call or restart."""
@@ -42,3 +45,13 @@ class Clock:
         parts = {f"time/{name}": value for name, value in self._seconds.items()}
         self._seconds = dict.fromkeys(PARTS, 0.0)
         return parts
+
+    def breakdown(self, steps: int) -> str:
+        """One line: seconds of the `steps` steps so far, by part, and a step's own time."""
+        total = sum(self._totals.values())
+        parts = ", ".join(
+            f"{name} {seconds:.1f} s ({seconds / max(total, 1e-9):.0%})" for name, seconds in self._totals.items()
+        )
+        return (
+            f"time    {total:.1f} s for {steps} steps: {parts}; a step {1e3 * self._totals['step'] / max(steps - 1, 1):.1f} ms"
+        )

@@ -24,7 +24,7 @@ from moe_jax.models.generator import Generator, continue_texts
 from moe_jax.models.inference_weights import lay_out_for_inference
 from moe_jax.models.sampling import Sampling
 from moe_jax.sizes import with_vocabulary
-from moe_jax.train import observation, preemption, resuming, run, run_folder, sound
+from moe_jax.train import observation, preemption, profile, resuming, run, run_folder, sound
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.clock import Clock
 from moe_jax.train.evaluate import evaluate, make_eval_step
@@ -136,13 +136,14 @@ def _train(config, mesh, corpus, checkpoints, start, tape, source, notice):
     iterator = train_iterator(corpus.train, config.data, config.train.seed, process_index=part, process_count=parts)
     weights = _weights(config, mesh, checkpoints, start, source)
     graphdef, optimizer, state = create(config, weights)
+    processes.say(profile.state_memory(state))
     observes = config.train.observe and can_observe(config.model)
     shared = _Run(
         config,
         mesh,
         corpus,
         graphdef,
-        make_train_step(config, graphdef, optimizer),
+        profile.TracedStep(make_train_step(config, graphdef, optimizer), config, start or 0),
         make_eval_step(config.model, graphdef, corpus.tokenizer.token_bytes(), observe=observes),
         checkpoints,
         iterator,
@@ -187,6 +188,7 @@ def _steps(shared: _Run, state: TrainState, start: int):
         MetricWriter(shared.config.workdir, config.tensorboard, start or None) as writer,
         Progress(config.steps, tokens, start) as progress,
         shared.tape,
+        shared.train_step,
         Guarded(shared.config, shared.checkpoints, writer, progress.message, start or None) as guarded,
     ):
         for done in range(start + 1, config.steps + 1):
@@ -240,6 +242,7 @@ def _steps(shared: _Run, state: TrainState, start: int):
             if evaluates or saves:
                 clock.restart(done)
         shared.notice.release(config.steps, shared.config.workdir, shared.checkpoints.latest())
+    processes.say(clock.breakdown(config.steps - start))
     return state, evaluation
 
 

@@ -96,7 +96,8 @@ class RoutingLog:
         self.path = pathlib.Path(path)
         if not self.path.is_file():
             raise RecordError(
-                f"routing record {str(path)!r} is not a file; make one with train.record (launch.train) or --record (launch.evaluate)."
+                f"routing record {str(path)!r} is not a file; make one with train.record (launch.train) or --record (launch.evaluate), or"
+                " leave train.replay out."
             )
         with open(self.path, "rb") as file:
             self.header = _read_header(file, self.path)

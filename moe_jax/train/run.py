@@ -16,7 +16,7 @@ from moe_jax.data.tokenizers import Tokenizer, load
 from moe_jax.mesh import data_shards, emulate_devices, make_mesh, process_part
 from moe_jax.models.transformer import abstract, build
 from moe_jax.routing import language_router
-from moe_jax.train import sound
+from moe_jax.train import profile, sound
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.optimizer import learning_rate
 from moe_jax.train.run_info import read_config_tree
@@ -48,6 +48,7 @@ class Restored:
 def check(config: Config) -> None:
     """What can be refused before devices, data and folders are touched: the router's options, the schedule. Raises ConfigError."""
     learning_rate(config.optimizer, config.train.steps)
+    profile.window(config)
     if config.model.num_moe_layers:
         language_router(config.model.moe.router, config.model.moe.num_experts)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_jax.validation import RefusalError
 
-FOLDERS = ("checkpoints", "observations", "tensorboard", "tokenizer")
+FOLDERS = ("checkpoints", "observations", "profile", "tensorboard", "tokenizer")
 FILES = ("config.json", "metrics.jsonl", "sample.txt", "versions.json")
 PROBE_BYTES = 4096
 # What a disk or its owner refuses; another OSError is a fault of ours, and keeps its traceback.
