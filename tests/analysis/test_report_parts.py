@@ -1,5 +1,7 @@
 """The parts that the report is made of: markup, pictures as SVG, pieces of text, dense models of equal size, numbers in words."""
 
+import types
+
 import numpy as np
 from report_cases import Page, made_run
 
@@ -63,3 +65,8 @@ def test_numbers_in_words():
     assert [overview.duration(s) for s in (1.25, 200, 7300, 2e6)] == ["1.2 s", "3 min 20 s", "2 h 1 min", "23.1 days"]
     assert runs.evenly(range(100), 4) == [0, 33, 66, 99]
     assert runs.evenly([1, 2], 4) == [1, 2]
+
+
+def test_a_run_whose_only_step_was_compilation_has_no_speed():
+    run = types.SimpleNamespace(series=lambda name: (np.array([1]), np.array([0.0])))
+    assert overview._speed(run) == ""

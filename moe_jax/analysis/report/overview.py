@@ -116,7 +116,7 @@ def _computation(run):
 
 def _speed(run):
     speed_N = run.series("train/tokens_per_second")[1]
-    speed_N = speed_N[np.isfinite(speed_N)]
+    speed_N = speed_N[np.isfinite(speed_N) & (speed_N > 0)]  # a run of one step, which is compilation, has none
     if not len(speed_N):
         return ""
     data, speed = run.config.data, float(np.median(speed_N))
