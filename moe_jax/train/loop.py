@@ -76,6 +76,7 @@ def train(config: Config) -> dict[str, float | np.ndarray]:
     run.check(config)
     emulate_devices(config.mesh.emulate)
     mesh = make_mesh(config)
+    processes.connect(mesh)
     with run.checkpoints(config) as checkpoints:
         start = _where_to_start(config, checkpoints)
         corpus = load_corpus(config.data, config.workdir)
