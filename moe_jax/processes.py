@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
+import itertools
+import math
 import os
 import signal
 import sys
@@ -18,6 +20,8 @@ import traceback
 from collections.abc import Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax._src import clusters, distributed
 
 from moe_jax.validation import ConfigError, RefusalError
@@ -189,6 +193,26 @@ def agree(facts: Mapping[str, object]) -> None:
                 " same command, data and workdir (on a disk that they share)."
             )
     client.wait_at_barrier(f"moe_jax/agreed/{_digest(','.join(texts))}", _AGREE_TIMEOUT * 1000)
+
+
+def connect(mesh: jax.sharding.Mesh) -> None:
+    """Has CPU processes open gloo's connections, one after the other, for every group of devices that a collective may span on `mesh`.
+
+    Gloo gives the others 30 seconds to appear, and a program takes one process longer to compile than another. Once they are connected
+    they wait for each other for half an hour. Each of the programs here is one sum, compiled before all meet.
+    """
+    if count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    several = [axis for axis, size in mesh.shape.items() if size > 1]
+    for axes in (axes for n in range(1, len(several) + 1) for axes in itertools.combinations(several, n)):
+        devices = math.prod(
+            mesh.shape[axis] for axis in axes
+        )  # one number on each of them, so that one collective spans them all
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axes))
+        ones = jax.make_array_from_callback((devices,), sharding, lambda _: np.ones(1))
+        program = jax.jit(jnp.sum).lower(ones).compile()
+        distributed.global_state.client.wait_at_barrier(f"moe_jax/connect/{axes}", _AGREE_TIMEOUT * 1000)
+        jax.block_until_ready(program(ones))
 
 
 def _digest(text):

@@ -152,22 +152,53 @@ def test_failures_of_one_process_alone_are_left_to_the_program():
         raise ZeroDivisionError
 
 
-@pytest.mark.faults
-def test_an_abort_ends_its_process_as_ever_and_the_other_with_the_sentence():
-    """abort(3) is how JAX ends a process whose peer is gone; one for any other reason keeps its own status."""
+def free_address():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    program = (
-        "import os, sys, time; from moe_jax import processes; index = int(sys.argv[1]);"
-        f"processes.start(processes.Place('{address}', 2, index), 5); os.abort() if index else time.sleep(300)"
-    )
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def two(program):
+    """Two processes of a Python text, whose argument is their number: the ended processes, and what each wrote to stderr."""
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
     started = [
         subprocess.Popen([sys.executable, "-c", program, str(index)], env=environment, stderr=subprocess.PIPE, text=True)
         for index in range(2)
     ]
-    said = [process.communicate(timeout=240)[1] for process in started]
+    return started, [process.communicate(timeout=600)[1] for process in started]
+
+
+@pytest.mark.faults
+def test_an_abort_ends_its_process_as_ever_and_the_other_with_the_sentence():
+    """abort(3) is how JAX ends a process whose peer is gone; one for any other reason keeps its own status."""
+    address = free_address()
+    program = (
+        "import os, sys, time; from moe_jax import processes; index = int(sys.argv[1]);"
+        f"processes.start(processes.Place('{address}', 2, index), 5); os.abort() if index else time.sleep(300)"
+    )
+    started, said = two(program)
     assert [process.returncode for process in started] == [processes.PEER_LOST, -signal.SIGABRT]
     assert "error: another process of this run of 2 is gone, or was not heard of for 5 seconds" in said[0]
     assert "error:" not in said[1]
+
+
+@pytest.mark.faults
+def test_a_process_may_be_a_minute_late_to_a_collective():
+    """As one is whose program takes longer to compile; gloo alone gives it 30 seconds to open connections."""
+    program = f"""
+import sys, time
+import jax, numpy as np
+from moe_jax import processes
+from moe_jax.config import Config, MeshConfig
+from moe_jax.mesh import emulate_devices, make_mesh, shard_batch
+processes.start(processes.Place({free_address()!r}, 2, int(sys.argv[1])))
+emulate_devices(8)
+mesh = make_mesh(Config(mesh=MeshConfig(data=2, expert=4, emulate=8)))
+processes.connect(mesh)
+with processes.ending(5), jax.set_mesh(mesh):
+    rows = shard_batch(mesh, {{"rows": np.ones(4)}})["rows"]
+    time.sleep(45 * int(sys.argv[1]))
+    assert float(jax.jit(lambda rows: rows.sum())(rows)) == 8
+"""
+    started, said = two(program)
+    assert [process.returncode for process in started] == [0, 0], said

@@ -75,6 +75,7 @@ def train(config: Config) -> dict[str, float | np.ndarray]:
     run.check(config)
     emulate_devices(config.mesh.emulate)
     mesh = make_mesh(config)
+    processes.connect(mesh)
     with preemption.Notice() as notice, run.checkpoints(config) as checkpoints:
         start = _where_to_start(config, checkpoints)
         changed = resuming.check_config(config, start) if start else ""

@@ -109,7 +109,7 @@ def of_process(parent, index):
 def wait_for_step(workdir, step, running):
     metrics = workdir / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= step):
-        assert running.poll() is None, running.communicate()
+        assert running.poll() is None, running.communicate()[1][-6000:]
         time.sleep(0.05)
 
 
