@@ -26,7 +26,7 @@ from jax._src import clusters, distributed
 
 from moe_jax.validation import ConfigError, RefusalError
 
-PEER_LOST = 76  # exit status of a process that stops because another one is gone: run the whole job again
+RUN_AGAIN = 76  # exit status of a process that cannot go on (another one is gone, a step hangs): start the whole run again
 PEER_TIMEOUT = 60  # seconds without a sign of life after which a process counts as dead
 _AGREE_TIMEOUT = 600  # seconds that a process may take longer than another to read the data, say
 # the kinds of --processes, by the classes of jax._src.clusters that detect them
@@ -131,7 +131,7 @@ def _of(cluster):
 def start(place: Place | None, peer_timeout: int = PEER_TIMEOUT) -> None:
     """Joins the run; returns when every process has. None does nothing. Call before anything asks JAX for its devices.
 
-    From here on a process that dies ends the others within `peer_timeout` seconds, with one sentence and exit status `PEER_LOST`.
+    From here on a process that dies ends the others within `peer_timeout` seconds, with one sentence and exit status `RUN_AGAIN`.
 
     Raises:
       ConfigError: a timeout that is too short to tell; processes that do not meet.
@@ -291,7 +291,7 @@ def _speak_when_aborted(peer_timeout):
             f" its own output); process {index} stops. Start all again: the run goes on from its last checkpoint.",
             file=sys.stderr,
         )
-        _leave(PEER_LOST)
+        _leave(RUN_AGAIN)
 
     global _ON_ABORT
     _ON_ABORT = on_abort  # C keeps no reference

@@ -177,7 +177,7 @@ def test_an_abort_ends_its_process_as_ever_and_the_other_with_the_sentence():
         f"processes.start(processes.Place('{address}', 2, index), 5); os.abort() if index else time.sleep(300)"
     )
     started, said = two(program)
-    assert [process.returncode for process in started] == [processes.PEER_LOST, -signal.SIGABRT]
+    assert [process.returncode for process in started] == [processes.RUN_AGAIN, -signal.SIGABRT]
     assert "error: another process of this run of 2 is gone, or was not heard of for 5 seconds" in said[0]
     assert "error:" not in said[1]
 

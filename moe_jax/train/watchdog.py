@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-EXIT_STALLED = 76  # status of a process that a stalled step ended
+from moe_jax.processes import RUN_AGAIN
+
 LENIENCE = 6  # times the limit of a step that compilation, an evaluation and a checkpoint are given
 
 
@@ -34,7 +35,7 @@ class Watchdog:
         """
         Args:
           seconds: that a step may take; `LENIENCE` times as long for the first.
-          action: "off", "warn", or "stop", which ends the process with `EXIT_STALLED`.
+          action: "off", "warn", or "stop", which ends the process with `RUN_AGAIN`.
           workdir: of `stacks_PROCESS.txt`, to which the stacks are appended; they go to standard error, too.
           report: is given the last finished step, a sentence, and the seconds waited and allowed.
           step: the step from which the run goes on.
@@ -70,7 +71,7 @@ class Watchdog:
         process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
         sentence = (
             f"{process}{what} has not finished in {now - since:.1f} seconds, more than guards.stall_seconds allows ({allowed:.1f}):"
-            f" {f'the process ends with status {EXIT_STALLED}' if stops else 'the run may hang'}; the stacks of all threads are in"
+            f" {f'the process ends with status {RUN_AGAIN}' if stops else 'the run may hang'}; the stacks of all threads are in"
             f" {self._path}."
         )
         try:
@@ -80,7 +81,7 @@ class Watchdog:
             sys.stdout.flush()
         finally:  # whatever the files and the pipes say
             if stops:
-                self._end(EXIT_STALLED)
+                self._end(RUN_AGAIN)
 
     def _expect(self, what, lenience):
         self._doing = (what, time.monotonic(), lenience * self._seconds)

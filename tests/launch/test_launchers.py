@@ -109,7 +109,7 @@ def test_slurm_says_what_would_run():
 def test_slurm_knows_the_exit_statuses():
     text = (LAUNCH / "slurm.sbatch").read_text()
     assert re.search(r"^preempted=(\d+)", text, re.MULTILINE)[1] == str(128 + signal.SIGTERM)
-    assert re.search(r'^lost="(\d+) 137"', text, re.MULTILINE)[1] == str(processes.PEER_LOST)
+    assert re.search(r'^lost="(\d+) 137"', text, re.MULTILINE)[1] == str(processes.RUN_AGAIN)
 
 
 @pytest.mark.parametrize(

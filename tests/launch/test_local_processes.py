@@ -135,7 +135,7 @@ def test_a_process_that_dies_ends_the_others_which_go_on_as_one(long_run, victim
         out, err = running.communicate(timeout=PEER_TIMEOUT + 60)
     assert running.returncode == 128 + signal.SIGKILL
     assert f"== process {victim} ended with status {128 + signal.SIGKILL}\n" in out
-    assert f"== process {other} ended with status {processes.PEER_LOST}\n" in out
+    assert f"== process {other} ended with status {processes.RUN_AGAIN}\n" in out
     (sentence,) = [line for line in err.splitlines() if line.startswith(f"[{other}] error: ")]
     assert f"another process of this run of 2 is gone, or was not heard of for {PEER_TIMEOUT} seconds" in sentence
     assert f"process {other} stops" in sentence
@@ -188,7 +188,7 @@ def test_processes_that_see_other_data_do_not_begin(long_run):
         started.append(subprocess.Popen(**settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     (_, _), (_, err) = [process.communicate(timeout=600) for process in started]
     assert started[1].returncode == 2
-    assert started[0].returncode == processes.PEER_LOST
+    assert started[0].returncode == processes.RUN_AGAIN
     assert "error: train.seed is 1 in process 1 and 0 in process 0; all processes need the same command" in err
     assert not (long_run / "apart").exists()
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import tiny_run
 
+from moe_jax.processes import RUN_AGAIN
 from moe_jax.train import guarded, loop
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.events import EventLog, TrainingError
 from moe_jax.train.guarded import Guarded
 from moe_jax.train.optimizer import learning_rate
 from moe_jax.train.state import TrainState
-from moe_jax.train.watchdog import EXIT_STALLED, LENIENCE, Watchdog
+from moe_jax.train.watchdog import LENIENCE, Watchdog
 from moe_jax.train.writers import MetricWriter
 
 AGES = 600  # seconds that end a hang
@@ -265,7 +266,7 @@ def test_the_watchdog_dumps_every_thread(tmp_path):
     stacks = (tmp_path / "stacks_0.txt").read_text()
     assert "in hangs_here" in stacks
     assert "in test_the_watchdog_dumps_every_thread" in stacks
-    assert ends == [EXIT_STALLED]
+    assert ends == [RUN_AGAIN]
 
 
 def test_the_watchdog_ends_the_process_even_when_it_cannot_say_so(tmp_path, monkeypatch):
@@ -273,7 +274,7 @@ def test_the_watchdog_ends_the_process_even_when_it_cannot_say_so(tmp_path, monk
     monkeypatch.setattr(dog, "_report", lambda *what: EventLog(tmp_path / "gone").write(1, "stall", "stop", "", 1.0, 1.0))
     with pytest.raises(FileNotFoundError):
         dog.check(time.monotonic() + 1000)
-    assert ends == [EXIT_STALLED]
+    assert ends == [RUN_AGAIN]
 
 
 HANGS = """
@@ -291,7 +292,7 @@ with Watchdog(0.05, "stop", sys.argv[1], report) as dog:
 
 def test_stop_ends_a_process_whose_main_thread_hangs(tmp_path):
     done = subprocess.run([sys.executable, "-c", HANGS, tmp_path], capture_output=True, text=True, check=False, timeout=AGES)
-    assert done.returncode == EXIT_STALLED == 76
+    assert done.returncode == RUN_AGAIN == 76
     assert done.stdout == "before\n"
     assert "step 2 has not finished in 0." in done.stderr
     assert "the process ends with status 76" in done.stderr
