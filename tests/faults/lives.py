@@ -47,24 +47,26 @@ class Death:
       kill: the kill.
       status: of the process, as `subprocess` has it.
       start: the step it went on from.
-      logged: the last step in metrics.jsonl.
+      logged: the last step in metrics.jsonl; None where it took no step, so that the file is that of the life before.
       saved: the newest finished checkpoint, 0 for none.
-      torn: names of half-written checkpoints.
+      torn: names of half-written checkpoints, those of earlier lives included.
+      torn_now: those of this life.
       said: all it printed.
     """
 
     kill: Kill
     status: int
     start: int
-    logged: int
+    logged: int | None
     saved: int
     torn: tuple[str, ...]
+    torn_now: tuple[str, ...]
     said: str
 
     @property
     def lost(self) -> int:
-        """Steps that must be taken again."""
-        return self.logged - self.saved
+        """Steps of this life that must be taken again."""
+        return 0 if self.logged is None else self.logged - self.saved
 
 
 def plan(seed: int) -> list[Kill]:
@@ -87,7 +89,7 @@ class Run:
 
     def die(self, kill: Kill) -> Death:
         """One life. Raises AssertionError when the run ends before it is killed."""
-        log = self.workdir.with_suffix(".log")
+        log, born, metrics = self.workdir.with_suffix(".log"), time.time(), self._metrics_inode()
         with log.open("w") as said:
             process = subprocess.Popen(**tiny_run.command("train", *self._arguments), stdout=said, stderr=said)
             try:
@@ -97,7 +99,10 @@ class Run:
             finally:
                 process.kill()
                 process.wait()
-        return Death(kill, status, _start(log.read_text()), self._logged(), self.saved(), self._torn(), log.read_text())
+        logged = self._logged() if self._metrics_inode() != metrics else None  # a start writes the file anew
+        torn, torn_now = sorted(entry.name for entry in self._temporary()), sorted(self._being_written(born))
+        said = log.read_text()
+        return Death(kill, status, _start(said), logged, self.saved(), tuple(torn), tuple(torn_now), said)
 
     def finish(self) -> str:
         """The last life, which nothing ends; what it printed."""
@@ -148,9 +153,6 @@ class Run:
     def _new_save(self, since, seen):
         return self._being_written(since) - seen
 
-    def _torn(self):
-        return tuple(sorted(entry.name for entry in self._temporary()))
-
     def _temporary(self):
         entries = self._checkpoints.iterdir() if self._checkpoints.exists() else ()
         return [entry for entry in entries if "tmp" in entry.name]
@@ -188,7 +190,7 @@ def table(deaths: list[Death]) -> str:
     for moment, number in PLAN:
         of = [death for death in deaths if (death.kill.moment, death.kill.signal) == (moment, number)]
         statuses = ", ".join(map(str, sorted({death.status for death in of})))
-        torn, lost = sum(bool(death.torn) for death in of), [death.lost for death in of]
+        torn, lost = sum(bool(death.torn_now) for death in of), [death.lost for death in of]
         lines.append(f"{moment} | {number.name} | {len(of)} | {torn} | {statuses} | {max(lost)}, {sum(lost)}")
     return "\n".join(lines)
 

@@ -158,7 +158,7 @@ def test_processes_along_the_tensor_axis_read_the_same_rows(long_run):
 def test_a_process_that_fails_alone_is_told_by_its_own_words(long_run):
     """Its error and status are kept, and the script stops the others."""
     fails = "import runpy, sys; from moe_jax.train import loop; sys.argv = ['launch.train', *sys.argv[2:]]\n"
-    fails += "def no(*_): raise OSError('the disk of this host is gone')\n"
+    fails += "def no(*_, **__): raise OSError('the disk of this host is gone')\n"
     fails += "if '--process_id=1' in sys.argv: loop.evaluate = no\n"
     fails += "runpy.run_module('launch.train', run_name='__main__', alter_sys=True)"
     interpreter = long_run / "python"
