@@ -13,7 +13,7 @@ import time
 import pytest
 import yaml
 
-from launch import train
+from launch import process_flags
 from moe_jax import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -214,5 +214,5 @@ def test_the_pods_of_the_jobset_find_each_other():
     assert place.count == job["completions"] == 2
     assert arguments["process_id"] == "$(JOB_COMPLETION_INDEX)"
     assert container["command"][:3] == ["python", "-m", "launch.train"]
-    assert {"coordinator", "num_processes", "process_id"} <= set(vars(train.PROCESSES))
+    assert {"coordinator", "num_processes", "process_id"} <= process_flags.ProcessFlags.__dataclass_fields__.keys()
     assert (ROOT / arguments["config"]).is_file()
