@@ -5,6 +5,8 @@
 #     bash launch/test.sh slow [pytest arguments]     the slow tier: Hugging Face's models as oracles (needs torch), programs compiled
 #                                                     for TPUs that are not there (needs libtpu), every notebook, the report in
 #                                                     Chromium (of the system; as root on Debian it is installed)
+#     bash launch/test.sh matrix [pytest arguments]   every exchange x mesh x wire x dispatch, every router on every mesh: the rest of the
+#                                                     products whose corners the two tiers above run
 #     bash launch/test.sh faults [pytest arguments]   what a run survives: fifty kills at random moments, checkpoints from every mesh to
 #                                                     every other (docs/reliability.md); prints its figures
 #     bash launch/test.sh all [pytest arguments]      all of them
@@ -14,15 +16,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 tier=fast
 case "${1:-}" in
-  fast | slow | faults | all)
+  fast | slow | matrix | faults | all)
     tier="$1"
     shift
     ;;
 esac
 
 case "$tier" in
-  fast) extras=dev select=(-m "not slow and not faults") ;;
-  slow) extras=dev,hf,tpu,corpus select=(-m "slow and not faults") ;;
+  fast) extras=dev select=(-m "not slow and not matrix and not faults") ;;
+  slow) extras=dev,hf,tpu,corpus select=(-m "slow and not matrix and not faults") ;;
+  matrix) extras=dev select=(-m matrix) ;;
   faults) extras=dev select=(-m faults) ;;
   all) extras=dev,hf,tpu,corpus select=() ;;
 esac

@@ -173,7 +173,7 @@ def test_equals_one_device(point):
     check(point)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("point", MORE_POINTS, ids=name_of)
 def test_more_points_equal_one_device(point):
     check(point)

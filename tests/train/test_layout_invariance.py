@@ -54,7 +54,7 @@ def test_every_mesh(router, layout):
     compare(router, layout)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @layouts(fast=False)
 def test_every_router_on_every_mesh(router, layout):
     compare(router, layout)

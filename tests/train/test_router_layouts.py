@@ -36,6 +36,7 @@ LEARN_NOTHING = {
     "round_robin": RouterConfig("round_robin", 2),
 }
 FAST = ("expert_choice, position",)
+SLOW = ("noisy_top_k", "remoe", "reinforce", "zero_experts", "mixture_of_depths", "base", "sinkhorn")  # the others: the matrix
 PLAIN = dict(accumulation=1, remat="none")
 ALONE = dict(
     model=dict(num_layers=1), first_dense=0, num_shared_experts=0
@@ -58,7 +59,10 @@ def compare(router, mesh, layout, **moe):
 
 
 def tiers(names):
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    def marks(name):
+        return () if name in FAST else pytest.mark.slow if name in SLOW else pytest.mark.matrix
+
+    return [pytest.param(name, marks=marks(name)) for name in names]
 
 
 def test_every_family_is_somewhere():
@@ -82,7 +86,7 @@ def test_routers_without_parameters(router):
     compare(router, "fsdp 2 expert 2 tensor 2", dict(accumulation=4, remat="full"))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("router", "exchange"),
     [("remoe", "all_gather"), ("expert_choice", "ragged"), ("mixture_of_depths", "all_gather"), ("zero_experts", "ragged")],
