@@ -2,12 +2,17 @@
 
 import os
 import pathlib
+import signal
 import sys
 
 # compile time is most of the suite's time: XLA's cheapest level halves it, and no test measures speed
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "16"  # two threads a device, as in moe_jax.mesh.emulate_devices
+
+# a shell has what runs in its background ignore it, and so would the processes that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # the environment above must be set first
 import pytest

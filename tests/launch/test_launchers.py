@@ -93,9 +93,12 @@ def test_local_processes_pass_signals_on(tmp_path, number):
     command = ["bash", str(LAUNCH / "local_processes.sh"), "2"]
     environment = os.environ | {"PYTHON": str(tmp_path / "python")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as running:
-        assert {running.stdout.readline(), running.stdout.readline()} == {"[0] up\n", "[1] up\n"}
-        running.send_signal(number)
-        assert running.wait(60) == 0
+        try:
+            assert {running.stdout.readline(), running.stdout.readline()} == {"[0] up\n", "[1] up\n"}
+            running.send_signal(number)
+            assert running.wait(60) == 0
+        finally:
+            running.kill()
 
 
 def test_slurm_says_what_would_run():
