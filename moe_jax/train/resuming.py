@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config import Config, ConfigError, from_dict, to_dict
+from moe_jax.convert.fields import nested
 from moe_jax.data.corpus import Corpus
 from moe_jax.routing import default_options, make_router
 from moe_jax.train.run_info import read_config_tree
@@ -204,7 +205,7 @@ def _same(path, then, now):
 
 def _inexact(kind, config, then_fields) -> str:
     """Why another value of a field of `EXACT` would change the result; "" where it would not."""
-    then = from_dict(_tree(then_fields))
+    then = from_dict(nested(then_fields))
     check: Callable[[Config], str] = {"drops": _drops, "microbatches": _by_microbatch}[kind]
     return check(then) or check(config)
 
@@ -224,14 +225,3 @@ def _by_microbatch(config):
     if not (router.causal and router.causal_in_training and router.by_token):
         return f"the router {moe.router.name!r} chooses within a microbatch"
     return _drops(config)
-
-
-def _tree(fields):
-    tree: dict[str, Any] = {}
-    for path, value in fields.items():
-        *groups, name = path.split(".")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = value
-    return tree
