@@ -162,10 +162,12 @@ def test_a_config_without_a_sweep_is_one_sentence(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
-    """A learning rate that breaks the first point alone."""
+    """A learning rate that breaks the first point alone, within fewer steps than may be skipped."""
     write_sweep(tmp_path)
     text = (tmp_path / "two.py").read_text()
-    (tmp_path / "two.py").write_text(text.replace('"model.moe.num_experts": 4', '"optimizer.learning_rate": 1e38'))
+    (tmp_path / "two.py").write_text(
+        text.replace('"model.moe.num_experts": 4', '"optimizer.learning_rate": 1e38, "guards.skip_steps": 0')
+    )
     done = ablate(tmp_path, "--seeds=1")
     assert done.returncode == 1
     assert "1/2 moe seed 0: " in done.stdout
