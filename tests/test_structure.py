@@ -33,7 +33,7 @@ FLOORS = {
     "moe_jax.data": 7,
     "moe_jax.train": 7,
     "moe_jax.convert": 7,
-    "moe_jax.plan": 7,
+    "moe_jax.plan": 8,
     "moe_jax.serve": 7,
     "moe_jax.analysis": 8,
     "moe_jax.train.loop": 8,
