@@ -130,7 +130,7 @@ def predict(
         products = [dataclasses.replace(p, bytes=0.0) if p.part == "attention scores" else p for p in products]
         moves = [move for move in moves if move.part != "scores"]
     parts = _parts(machine, products, moves)
-    network = _network(machine, entries, step.config)
+    network = _network(machine, [expected(e, step.config, dict(step.mesh.shape)) for e in entries])
     bounds = _bounds(parts, network)
     seconds, tokens, devices = bounds[overlap], step.config.data.batch_size * step.config.data.seq_len, topology.num_devices
     model, length = step.config.model, step.config.data.seq_len
@@ -219,7 +219,7 @@ def _parts(machine, products, moves):
     return {part: PartTime(*values) for part, values in sums.items()}
 
 
-def _network(machine, entries, config):
+def _network(machine, entries):
     """Seconds of the collectives; of the branches of a conditional the cheapest, as `bodies` takes it."""
     totals, branches = defaultdict(float), defaultdict(lambda: defaultdict(list))
     for entry in entries:
