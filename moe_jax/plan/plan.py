@@ -24,7 +24,7 @@ class Plan:
       flops_per_token: matmul FLOPs of a token's forward pass.
       memory: bytes a device, by part.
       collectives: everything that a device sends in a step.
-      time: seconds by part, and of the step.
+      time: seconds by part, and of the step; None for a CPU, which has no data sheet, unless its rates were measured.
       verdict: of the compiler; None at depth "jaxpr".
     """
 
@@ -34,22 +34,27 @@ class Plan:
     flops_per_token: int
     memory: memory.Memory
     collectives: Sequence[Entry]
-    time: roofline.Prediction
+    time: roofline.Prediction | None
     verdict: targets.Verdict | None = None
 
     @property
-    def fits(self) -> bool:
-        """By the compiler where it was asked, else by the count off the jaxpr."""
-        return self.verdict.fits if self.verdict else memory.fits(self.memory, self.topology.chip)
+    def fit(self) -> memory.Fit | None:
+        """By the count off the jaxpr; None for a CPU, whose memory is the machine's."""
+        return memory.fits(self.memory, self.topology.chip) if self.topology.chip.memory else None
 
     @property
-    def seconds(self) -> float:
-        """Predicted time of a step."""
-        return self.time.seconds
+    def fits(self) -> bool:
+        """By the compiler where it was asked, else by the count; True for a CPU."""
+        return self.verdict.fits if self.verdict else self.fit is None or self.fit.fits
 
 
-def plan(config: Config, where: Topology) -> Plan:
+def plan(config: Config, where: Topology, machine: roofline.Machine | None = None) -> Plan:
     """The plan at depth "jaxpr": nothing is compiled, no package beside jax is needed.
+
+    Args:
+      config: with `model.vocab_size` set.
+      where: the devices.
+      machine: measured rates in place of the data sheet's.
 
     Raises:
       ConfigError: what cannot be laid out on these devices.
@@ -63,7 +68,7 @@ def plan(config: Config, where: Topology) -> Plan:
         flops_per_token(config.model, config.data.seq_len),
         memory.memory(step, where),
         entries,
-        roofline.predict(step, where, entries),
+        roofline.predict(step, where, entries, machine=machine) if machine or where.chip.flops else None,
     )
 
 

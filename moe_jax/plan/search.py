@@ -16,7 +16,7 @@ from moe_jax.plan.plan import Plan
 from moe_jax.plan.topology import Topology
 from moe_jax.sizes import num_params
 
-REMAT = ("none", "dots", "full")
+REMAT = (("none", False), ("dots", False), ("full", False), ("full", True))  # model.remat, model.moe.remat_exchange
 AT_REST = 16  # bytes a parameter: itself, two moments, its gradient, all float32
 MAX_TENSOR = 8  # wider, a product's share of a device is too narrow for its matrix unit to be worth tracing
 
@@ -126,8 +126,8 @@ def on_mesh(config: Config, mesh: MeshConfig) -> Config:
 def _variants(config: Config) -> Iterator[Config]:
     """The same mesh with other exchanges, remat policies and numbers of microbatches."""
     exchanges = ("all_to_all", "ragged", "all_gather") if config.mesh.expert * config.mesh.expert_outer > 1 else ("auto",)
-    for exchange, remat, accumulation in itertools.product(exchanges, REMAT, _microbatches(config)):
-        moe = dataclasses.replace(config.model.moe, exchange=exchange)
+    for exchange, (remat, remat_exchange), accumulation in itertools.product(exchanges, REMAT, _microbatches(config)):
+        moe = dataclasses.replace(config.model.moe, exchange=exchange, remat_exchange=remat_exchange)
         model = dataclasses.replace(config.model, remat=remat, moe=moe)
         yield dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, accumulation=accumulation))
 
@@ -141,7 +141,7 @@ def _microbatches(config):
 
 def _rank(plan: Plan):
     """What fits before what does not, then by time; of what does not fit the smallest first."""
-    return (not plan.fits, plan.seconds if plan.fits else plan.memory.total)
+    return (not plan.fits, plan.time.seconds if plan.fits else plan.memory.total)
 
 
 def _distinct(plans, count):
@@ -162,6 +162,7 @@ def layout_flags(config: Config) -> str:
     rest = {
         "model.moe.exchange": config.model.moe.exchange,
         "model.remat": config.model.remat,
+        "model.moe.remat_exchange": config.model.moe.remat_exchange,
         "train.accumulation": config.train.accumulation,
     }
     return " ".join([mesh, *(f"--config.{name}={value}" for name, value in rest.items())])
