@@ -88,7 +88,7 @@ def memory(step: program.Step, topology: Topology) -> Memory:
         "batch": _at_rest(step.batch) + 8,
     }
     flow = dataflow(step.traced.jaxpr)
-    moment, kept = liveness.worst(flow), _kept(flow)
+    moment, kept = liveness.worst(flow, topology.chip.platform), _kept(flow)
     shares = dict.fromkeys(("gradients", "kept", "exchange", "working"), 0)
     for value in moment.values:
         shares[_share(value, kept)] += value.bytes

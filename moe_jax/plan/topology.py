@@ -63,5 +63,14 @@ def abstract_mesh(config: Config, topology: Topology) -> jax.sharding.AbstractMe
     """
     shape = validation.check_devices(config, topology.num_devices)
     platform = "cuda" if topology.chip.platform == "gpu" else topology.chip.platform
-    device = jax.sharding.AbstractDevice(device_kind=topology.chip.device_kind, num_cores=1, platform=platform)
-    return jax.sharding.AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), abstract_device=device)
+    return described_mesh(topology.chip.device_kind, platform, **dict(zip(AXES, shape, strict=True)))
+
+
+def described_mesh(device_kind: str, platform: str, **sizes: int) -> jax.sharding.AbstractMesh:
+    """A mesh with these Explicit axes of, say, ("NVIDIA H200", "cuda") or ("TPU v5", "tpu"); needs nothing installed.
+
+    Under `jax.sharding.use_abstract_mesh` a function can be traced, and `.lower(lowering_platforms=(platform,))`.
+    """
+    device = jax.sharding.AbstractDevice(device_kind=device_kind, num_cores=1, platform=platform)
+    axis_types = (AxisType.Explicit,) * len(sizes)
+    return jax.sharding.AbstractMesh((*sizes.values(),), (*sizes,), axis_types=axis_types, abstract_device=device)
