@@ -189,7 +189,9 @@ def _each(e):
 
 
 def _made(e):
-    return [], [spec if spec is not None else ((),) * len(out.aval.shape) for spec, out in zip(e.given, e.equation.outvars, strict=True)]
+    return [], [
+        spec if spec is not None else ((),) * len(out.aval.shape) for spec, out in zip(e.given, e.equation.outvars, strict=True)
+    ]
 
 
 def _along(*names: str) -> Callable:

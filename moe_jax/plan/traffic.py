@@ -1,10 +1,11 @@
 """Every collective of a step, from its jaxpr: those written in the exchange, and those that the shardings of arrays imply.
 
-Counted is what runs once XLA has been over it: dead code sends nothing, and two sums over the same devices that are then added are
-added first and sent once (XLA's all-reduce reassociation: the gradients of what queries, keys and values were all made of), and what a
-loop over microbatches only adds up is sent once, after it (its while-loop all-reduce code motion). XLA also runs small equal sums once and joins arrays into one message; `moe_jax.plan.reconcile` holds the count against a compiled program.
+Counted is what runs once XLA has been over it. Dead code sends nothing. Two sums over the same devices that are then added are added
+first and sent once (its all-reduce reassociation: the gradients of what queries, keys and values were all made of), and what a loop over
+microbatches only adds up is sent once, after it (its while-loop all-reduce code motion). It also sends small equal sums once, and joins
+arrays into one message; `moe_jax.plan.reconcile` holds the count against a compiled program.
 
-What is not seen: transfers within a kernel; bytes of a ragged exchange are those of its buffers, a bound.
+Not seen are transfers within a kernel; bytes of a ragged exchange are those of its buffers, a bound.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from moe_jax.plan.program import Step
 from moe_jax.plan.shardings import CALLS, Layouts
 from moe_jax.plan.what_runs import what_runs
 
-_CALLED_ONCE = ("jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call")
+_CALLED_ONCE = ("jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call", "shard_map")
 _UNARY = ("reshard", "convert_element_type", "reshape", "transpose", "copy", "squeeze", "broadcast_in_dim", "reduce_sum")
 
 
@@ -154,5 +155,5 @@ class _Sums:
         """Places of the entries that the body of a scan only adds to what it carries."""
         first, count = params["num_consts"], params["num_carry"]
         pairs = zip(self.jaxpr.invars[first : first + count], self.jaxpr.outvars[:count], strict=True)
-        found = (self.carried.get(end, (None, None)) + (start,) for start, end in pairs if not isinstance(end, Literal))
+        found = ((*self.carried.get(end, (None, None)), start) for start, end in pairs if not isinstance(end, Literal))
         return [place for beside, place, start in found if beside is start]
