@@ -1,6 +1,6 @@
 """The communication ledger of a traced function: the collectives written inside `shard_map`, as they were asked for.
 
-What the partitioner adds for arrays with Explicit shardings is not in a jaxpr; `ledger.ledger` reads that from the program, and
+What the partitioner adds for arrays with Explicit shardings is not in a jaxpr; `ledger.ledger` reads that from the program,
 `moe_jax.plan.traffic` infers it.
 """
 
@@ -92,7 +92,7 @@ def entries_of(
 
 
 def is_collective(equation: JaxprEqn, sizes: Mapping[str, int]) -> bool:
-    """Whether an equation is a collective. Raises ValueError for what names a mesh axis and is neither a known collective nor known to be silent."""
+    """Whether it is a collective. Raises ValueError for what names a mesh axis and is neither one that is known nor known to be silent."""
     primitive = equation.primitive.name
     if primitive.removesuffix("_start") in COLLECTIVES:
         return True

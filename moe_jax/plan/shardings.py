@@ -35,6 +35,7 @@ class Layouts:
     def __init__(self, sizes: Mapping[str, int], known: Mapping[Var, Spec] | None = None):
         """Args: `sizes` of the mesh's axes in order; `known` layouts of variables on Auto axes."""
         self.sizes, self.auto = sizes, dict(known or {})
+        self.made, self.asked = {}, set()
 
     def spec(self, variable: Var | Literal) -> Spec:
         """How a variable is laid out."""
@@ -48,6 +49,18 @@ class Layouts:
                 f"{variable.aval} is unreduced, and the traffic of such sums cannot be inferred; reduce it at once."
             )
         return self.normal(sharding.spec, len(variable.aval.shape))
+
+    def _is_repeated(self, equation, spec):
+        """Whether the same array was laid out so before, the same cast of it: a table that is both embedding and head."""
+        (operand,), (result,) = equation.invars, equation.outvars
+        if isinstance(operand, Literal):
+            return False
+        source, steps = self.made.get(operand, (operand, ()))
+        way = source, (*steps, (result.aval.dtype, spec))
+        self.made[result] = way
+        repeated = way in self.asked
+        self.asked.add(way)
+        return repeated
 
     def into(self, equation: JaxprEqn, body: Jaxpr) -> "Layouts | None":
         """The layouts of a jaxpr that this equation runs; None within `shard_map`, where collectives are written by hand.
@@ -106,6 +119,8 @@ class Layouts:
             raise _refusal(equation, "it is not known")
         reader = _Equation(equation, specs, given, self.sizes)
         needs, found = rule(reader)
+        if name in ("reshard", "convert_element_type"):
+            needs = [] if self._is_repeated(equation, found[0]) else needs
         for out, is_given, spec in zip(outs, given, found, strict=True):
             if is_given is None:
                 self.auto[out] = spec
@@ -174,7 +189,9 @@ def _each(e):
 
 
 def _made(e):
-    return [], [spec if spec is not None else ((),) * len(out.aval.shape) for spec, out in zip(e.given, e.equation.outvars)]
+    return [], [
+        spec if spec is not None else ((),) * len(out.aval.shape) for spec, out in zip(e.given, e.equation.outvars, strict=True)
+    ]
 
 
 def _along(*names: str) -> Callable:
