@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from moe_jax.analysis.ledger import Branch, Entry, Sizes, wire_bytes
 
-COLLECTIVES = {
+_KINDS = {
     "psum": "all-reduce",
     "psum2": "all-reduce",
     "psum_invariant": "all-reduce",
@@ -72,7 +72,7 @@ def _walk(jaxpr, sizes, serial, loops, path, branch) -> Iterator[Entry]:
 
 
 def _entries(equation, sizes, loops, name, branch) -> Iterator[Entry]:
-    kind, params = COLLECTIVES[equation.primitive.name.removesuffix("_start")], equation.params
+    kind, params = _KINDS[equation.primitive.name.removesuffix("_start")], equation.params
     if params.get("axis_index_groups") is not None:
         raise ValueError(
             f"{name} is over parts of an axis (axis_index_groups), which the ledger cannot name; split the mesh axis."
@@ -90,7 +90,7 @@ def _entries(equation, sizes, loops, name, branch) -> Iterator[Entry]:
 def _is_collective(equation, sizes) -> bool:
     """Raises ValueError for what names a mesh axis and is neither a known collective nor known to be silent."""
     primitive = equation.primitive.name
-    if primitive.removesuffix("_start") in COLLECTIVES:
+    if primitive.removesuffix("_start") in _KINDS:
         return True
     if primitive in _SILENT or primitive.endswith("_done"):
         return False
