@@ -42,10 +42,19 @@ def models() -> dict[str, ModelConfig]:
     return {"dense": dense, "8 experts, 2 a token": with_experts(8, 512, 2), "32 experts, 4 a token": with_experts(32, 256, 4)}
 
 
+def configs() -> dict[str, Config]:
+    """The nine steps by "model / mesh"."""
+    return {
+        f"{model} / {mesh}": Config(model=m, mesh=shape, data=DATA, train=TrainConfig(observe=False))
+        for model, m in models().items()
+        for mesh, shape in MESHES.items()
+    }
+
+
 def rows(
     repeats: int,
     collectives: Callable[[program.Step], Sequence[Entry]] = lambda step: ledger_of_jaxpr(step.traced.jaxpr, step.mesh),
-    configs: dict[str, Config] | None = None,
+    made_of: dict[str, Config] | None = None,
 ) -> dict[str, list[dict]]:
     """One table of the steps, one of the machine.
 
@@ -55,28 +64,24 @@ def rows(
     Args:
       repeats: rounds, in each of which every step and every part of the calibration runs once.
       collectives: every collective of a step.
-      configs: what to measure, by "model / mesh"; the nine of this module by default.
+      made_of: what to measure, by "model / mesh"; the nine of this module by default.
     """
     start_with(DEVICES)
-    configs = configs or {
-        f"{model} / {mesh}": Config(model=m, mesh=shape, data=DATA, train=TrainConfig(observe=False))
-        for model, m in models().items()
-        for mesh, shape in MESHES.items()
-    }
+    made_of = made_of or configs()
     where = topology.parse(f"cpu:{DEVICES}")
-    traced = {name: program.trace(config, topology.abstract_mesh(config, where)) for name, config in configs.items()}
+    traced = {name: program.trace(config, topology.abstract_mesh(config, where)) for name, config in made_of.items()}
     wanted = {size for step in traced.values() for size in plan_calibration.sizes_that_matter(work.products(step))}
     sent = {name: list(collectives(step)) for name, step in traced.items()}
     groups = {_group(entry, traced[name]) for name, entries in sent.items() for entry in entries}
     made = plan_calibration.probes(sorted(wanted, key=str), groups, jax.devices())
-    calls = {**{name: probe.call for name, probe in made.items()}, **{("step", n): _step(c) for n, c in configs.items()}}
+    calls = {**{name: probe.call for name, probe in made.items()}, **{("step", n): _step(c) for n, c in made_of.items()}}
     seconds = timing.interleaved(calls, repeats=repeats, warmup=1)
     rates = plan_calibration.rates(seconds, made)
     table = []
     for name, step in traced.items():
         sizes = dict(step.mesh.shape)
         predicted = roofline.predict(step, where, sent[name], overlap="none", machine=rates.machine(sizes))
-        table.append(_row(name, predicted, seconds["step", name]))
+        table.append(step_row(name, predicted, seconds["step", name]))
     return {"steps": table, "machine": _machine_rows(rates)}
 
 
@@ -112,7 +117,8 @@ def _step(config):
     return call
 
 
-def _row(name, predicted, seconds):
+def step_row(name: str, predicted: roofline.Prediction, seconds: Sequence[float]) -> dict:
+    """The row of the step "model / mesh" that took `seconds`."""
     model, mesh = name.split(" / ")
     measured, matrix = statistics.median(seconds), sum(p.matrix for p in predicted.parts.values())
     return {

@@ -204,6 +204,6 @@ def _probe(mesh, function, shapes, repeats):
         return [result[None] for result in results]
 
     sharded = [(math.prod(mesh.devices.shape), repeats, *shape) for shape in shapes]
-    run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False))
+    run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(axes), out_specs=P(axes)))
     arrays = [jax.device_put(jnp.ones(shape, jnp.float32), NamedSharding(mesh, P(axes))) for shape in sharded]
     return Probe(lambda: run(*arrays), repeats)
