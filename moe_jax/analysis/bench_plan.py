@@ -5,6 +5,7 @@ The machine's roofline (`plan_calibration`) is measured in the same rounds as th
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -58,7 +59,7 @@ def rows(
 ) -> dict[str, list[dict]]:
     """One table of the steps, one of the machine.
 
-    Keys of a step: model, mesh, predicted_ms, measured_ms (median, and `_min`, `_max`), ratio (predicted over measured), and what the
+    Keys of a step: model, mesh, predicted_ms, measured_ms (mean, and `_min`, `_max`), ratio (predicted over measured), and what the
     prediction is made of: matrix_ms, memory_ms (beyond the products'), network_ms.
 
     Args:
@@ -72,8 +73,12 @@ def rows(
     traced = {name: program.trace(config, topology.abstract_mesh(config, where)) for name, config in made_of.items()}
     wanted = {size for step in traced.values() for size in plan_calibration.sizes_that_matter(work.products(step))}
     sent = {name: list(collectives(step)) for name, step in traced.items()}
-    groups = {_group(entry, traced[name]) for name, entries in sent.items() for entry in entries}
-    made = plan_calibration.probes(sorted(wanted, key=str), groups, jax.devices())
+    kinds = {
+        (plan_calibration.measured_kind(entry), math.prod(traced[name].mesh.shape[axis] for axis in entry.axes))
+        for name, entries in sent.items()
+        for entry in entries
+    }
+    made = plan_calibration.probes(sorted(wanted, key=str), kinds, jax.devices())
     calls = {**{name: probe.call for name, probe in made.items()}, **{("step", n): _step(c) for n, c in made_of.items()}}
     seconds = timing.interleaved(calls, repeats=repeats, warmup=1)
     rates = plan_calibration.rates(seconds, made)
@@ -93,10 +98,6 @@ def in_order(table: Sequence[dict], apart: float = 1.25) -> list[tuple[str, str]
         for b in table
         if a["measured_ms"] > apart * b["measured_ms"] and a["predicted_ms"] <= b["predicted_ms"]
     ]
-
-
-def _group(entry, step):
-    return int(np.prod([step.mesh.shape[axis] for axis in entry.axes]))
 
 
 def _step(config):
@@ -120,7 +121,7 @@ def _step(config):
 def step_row(name: str, predicted: roofline.Prediction, seconds: Sequence[float]) -> dict:
     """The row of the step "model / mesh" that took `seconds`."""
     model, mesh = name.split(" / ")
-    measured, matrix = statistics.median(seconds), sum(p.matrix for p in predicted.parts.values())
+    measured, matrix = statistics.fmean(seconds), sum(p.matrix for p in predicted.parts.values())
     return {
         "model": model,
         "mesh": mesh,

@@ -3,7 +3,8 @@
 Every figure is of all devices at work together, each on arrays of its own, as in a step: emulated devices share the machine's cores, so a
 device's rate is what is left of them. Nothing is fitted to a step's time: a product is measured at the sizes that the steps have
 (rounded to powers of two), a pass at several sizes, a collective of each kind and group at two sizes. The cost of a call without
-work is taken off.
+work is taken off. Means, not medians: on a machine that others use too a long step meets their work in proportion, a short probe now and
+then, and it is the mean of many that a step is made of.
 """
 
 import math
@@ -24,9 +25,10 @@ from moe_jax.plan.roofline import Machine
 from moe_jax.plan.work import Product
 
 COVERED = 0.98  # of each part's FLOPs: sizes beyond are taken to run at the rate of the nearest that is measured
-PASS_BYTES = (2**12, 2**16, 2**19, 2**22)  # read and written by one pass of one device
+PASS_BYTES = (2**12, 2**16, 2**19, 2**22, 2**25)  # read and written by one pass of one device
 WIRE_BYTES = (2**12, 2**20)  # a device's operand
 LEAST_FLOPS, MOST_REPEATS = 5e7, 16  # of one device in one measured call; independent operations in it
+CALLS = 3  # of the same, one after another
 MOST_BYTES = 2**25  # of the arrays of one probe, all devices together, but for one of too large a size
 
 
@@ -71,27 +73,32 @@ class Probe:
     """A measured operation.
 
     Attributes:
-      call: runs it `repeats` times on every device, and waits for nothing.
-      repeats: independent executions of one call.
+      call: runs it `repeats` times on every device.
+      repeats: executions of one call.
     """
 
     call: Callable[[], object]
     repeats: int
 
 
-def probes(sizes: Sequence[Size], groups: Iterable[int], devices: Sequence[jax.Device]) -> dict[tuple, Probe]:
-    """What is to be timed, by name: ("call",), ("product", size), ("pass", bytes), ("collective", kind, group, operand bytes)."""
+def probes(sizes: Sequence[Size], sent: Iterable[tuple[str, int]], devices: Sequence[jax.Device]) -> dict[tuple, Probe]:
+    """What is to be timed, by name: ("call",), ("product", size), ("pass", bytes), ("collective", kind, group, operand bytes).
+
+    Args:
+      sizes: of products.
+      sent: kind and group size of collectives.
+      devices: all that the steps run on.
+    """
     mesh = jax.make_mesh((len(devices),), ("all",), devices=devices)
     made = {("call",): _probe(mesh, lambda x: x, [(8,)], 1)}
     for size in sizes:
         made["product", size] = _product(mesh, size, min(max(round(LEAST_FLOPS / size.flops), 1), MOST_REPEATS))
     for size in PASS_BYTES:
         made["pass", size] = _probe(mesh, lambda x: 1.5 * x + 0.5, [(size // 8,)], MOST_REPEATS)
-    for group in sorted(set(groups) - {1}):
+    for kind, group in sorted(set(sent)):
         grouped = jax.make_mesh((len(devices) // group, group), ("rest", "group"), devices=devices)
-        for kind, collective in COLLECTIVES.items():
-            for size in WIRE_BYTES:
-                made["collective", kind, group, size] = _probe(grouped, collective, [(group, size // 4 // group)], 4)
+        for size in WIRE_BYTES:
+            made["collective", kind, group, size] = _probe(grouped, COLLECTIVES[kind], [(group, size // 4 // group)], 4)
     return made
 
 
@@ -104,9 +111,14 @@ COLLECTIVES = {
 }
 
 
+def measured_kind(entry: Entry) -> str:
+    """The kind that a collective is measured as: a ragged exchange, which XLA:CPU lacks, as one of fixed buffers."""
+    return entry.kind.removeprefix("ragged-")
+
+
 @dataclass(frozen=True)
 class Rates:
-    """Medians of what was measured, seconds of one execution on all devices at once."""
+    """What was measured, seconds of one execution on all devices at once."""
 
     product: dict[Size, float]
     passes: dict[int, float]
@@ -153,7 +165,7 @@ class Rates:
     def network(self, entry: Entry, sizes: dict[str, int]) -> float:
         """Seconds of one execution: a straight line through two sizes."""
         group = math.prod(sizes[axis] for axis in entry.axes)
-        kind = "all-to-all" if entry.kind == "ragged-all-to-all" else entry.kind
+        kind = measured_kind(entry)
         small, large = WIRE_BYTES
         low, high = (self.collective[kind, group, size] for size in (small, large))
         sent_low, sent_high = (wire_bytes(kind, size, group) for size in (small, large))
@@ -162,11 +174,11 @@ class Rates:
 
 
 def rates(seconds: dict[tuple, list[float]], made: dict[tuple, Probe]) -> Rates:
-    """Medians of the timed calls of `probes`, less the median of the call without work."""
-    call = statistics.median(seconds["call",])
+    """Means of the timed calls of `probes`, less that of the call without work."""
+    call = statistics.fmean(seconds["call",])
 
     def one(name):
-        return max(statistics.median(seconds[name]) - call, 1e-7) / made[name].repeats
+        return max(statistics.fmean(seconds[name]) - call, 1e-7) / made[name].repeats
 
     return Rates(
         {name[1]: one(name) for name in made if name[0] == "product"},
@@ -186,14 +198,19 @@ def _product(mesh, size, repeats):
         return _probe(mesh, jnp.matmul, shapes, repeats)
 
     def grouped(x_AD, w_EDF):
+        """The three products of a forward and a backward pass, as a step has them."""
         sizes_E = jnp.full((size.batch,), size.rows, jnp.int32)
-        return grouped_matmul_cpu(*vary_alike(x_AD, w_EDF, sizes_E))
+        x_AD, w_EDF, sizes_E = vary_alike(x_AD, w_EDF, sizes_E)
+        y_AF, pullback = jax.vjp(lambda x, w: grouped_matmul_cpu(x, w, sizes_E), x_AD, w_EDF)
+        return pullback(y_AF)
 
-    return _probe(mesh, grouped, [(size.batch * size.rows, size.terms), (size.batch, size.terms, size.columns)], repeats)
+    shapes = [(size.batch * size.rows, size.terms), (size.batch, size.terms, size.columns)]
+    return _probe(mesh, grouped, shapes, repeats, each=3)
 
 
-def _probe(mesh, function, shapes, repeats):
-    """At most `repeats` independent calls of `function` on every device, each on float32 arrays of its own of these shapes."""
+def _probe(mesh, function, shapes, repeats, each=1):
+    """At most `repeats` independent calls of `function` on every device, each on float32 arrays of its own of these shapes; what is timed
+    is run `each` times by one."""
     axes = tuple(mesh.axis_names)
     once = 4 * mesh.size * sum(math.prod(shape) for shape in shapes)
     repeats = min(repeats, max(MOST_BYTES // once, 1))
@@ -201,9 +218,9 @@ def _probe(mesh, function, shapes, repeats):
     def body(*arrays):
         own = [array[0] for array in arrays]
         results = [function(*(array[i] for array in own)) for i in range(repeats)]
-        return [result[None] for result in results]
+        return jax.tree.map(lambda result: result[None], results)
 
     sharded = [(math.prod(mesh.devices.shape), repeats, *shape) for shape in shapes]
     run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(axes), out_specs=P(axes)))
     arrays = [jax.device_put(jnp.ones(shape, jnp.float32), NamedSharding(mesh, P(axes))) for shape in sharded]
-    return Probe(lambda: run(*arrays), repeats)
+    return Probe(lambda: [jax.block_until_ready(run(*arrays)) for _ in range(CALLS)][-1], CALLS * each * repeats)

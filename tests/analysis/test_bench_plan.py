@@ -72,15 +72,24 @@ def test_the_call_without_work_is_taken_off():
     assert rates.collective == {("all-gather", 4, 2**12): pytest.approx(0.008)}
 
 
+SENT = {("all-reduce", 4), ("reduce-scatter", 4)}
+
+
 def test_probes_do_what_they_are_timed_for():
     """Each runs on eight devices at once; products of ones are sums over the terms, collectives give what their kind says."""
-    made = plan_calibration.probes([Size(False, 2, 4, 8, 16), Size(True, 2, 4, 8, 16)], [1, 4], jax.devices())
+    made = plan_calibration.probes([Size(False, 2, 4, 8, 16), Size(True, 2, 4, 8, 16)], SENT, jax.devices())
     for name in made:
-        if name[0] == "product":
+        if name[0] == "product" and not name[1].grouped:
             results = made[name].call()
-            assert len(results) == made[name].repeats
+            assert len(results) == made[name].repeats / plan_calibration.CALLS
             assert {float(x.max()) for x in results} == {float(x.min()) for x in results} == {8.0}
-    assert {name[1:3] for name in made if name[0] == "collective"} == {(kind, 4) for kind in plan_calibration.COLLECTIVES}
+        elif (
+            name[0] == "product"
+        ):  # of y = x w and its own gradients: 8 terms, then 16 columns of eights, then 4 rows of eights
+            results = made[name].call()
+            assert 3 * len(results) == made[name].repeats / plan_calibration.CALLS
+            assert {(float(dx.min()), float(dw.max())) for dx, dw in results} == {(128.0, 32.0)}
+    assert {name[1:3] for name in made if name[0] == "collective"} == SENT
     summed = made["collective", "all-reduce", 4, 2**12].call()[0]
     assert (float(summed.min()), summed.shape) == (4.0, (8, 4, 256))
     assert made["collective", "reduce-scatter", 4, 2**12].call()[0].shape == (8, 1, 256)
@@ -98,8 +107,8 @@ def test_wrong_order_is_told():
 def test_a_row_tells_what_the_prediction_is_made_of():
     parts = {"head": roofline.PartTime(0.2, 0.1, 0.25), "optimizer": roofline.PartTime(0.0, 0.1, 0.1)}
     predicted = roofline.Prediction(parts, {(("data",), "weights"): 0.05}, 0.4, {}, 8, 20.0, 2.5, 0, 0, 0, "", ())
-    row = bench_plan.step_row("dense / data 8", predicted, [0.9, 0.5, 0.8])
-    assert (row["model"], row["mesh"], row["measured_ms"]) == ("dense", "data 8", 800.0)
+    row = bench_plan.step_row("dense / data 8", predicted, [0.9, 0.5, 1.0])
+    assert (row["model"], row["mesh"], row["measured_ms"]) == ("dense", "data 8", pytest.approx(800.0))
     assert row["ratio"] == pytest.approx(0.5)
     assert (row["matrix_ms"], row["memory_ms"], row["network_ms"]) == pytest.approx((200, 150, 50))
 
