@@ -58,7 +58,10 @@ COLLECTIVES = {
     "precv",
 }
 # Collectives belong to the exchange alone; a module that must have its own is named here with the reason.
-COLLECTIVES_ALLOWED = {"moe_jax.exchange": "the floor of collectives"}
+COLLECTIVES_ALLOWED = {
+    "moe_jax.exchange": "the floor of collectives",
+    "moe_jax.analysis.plan_calibration": "times each kind alone",
+}
 MODEL_NAMES = ("mixtral", "deepseek", "switch", "qwen", "llama", "olmo", "gemma", "grok", "gpt-oss", "gpt_oss", "mistral")
 
 

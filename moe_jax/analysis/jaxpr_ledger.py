@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from moe_jax.analysis.ledger import Branch, Entry, Sizes, wire_bytes
 
-COLLECTIVES = {
+_KINDS = {
     "psum": "all-reduce",
     "psum2": "all-reduce",
     "psum_invariant": "all-reduce",
@@ -76,7 +76,7 @@ def entries_of(
     equation: JaxprEqn, sizes: Mapping[str, int], loops: tuple[int, ...], name: str, branch: tuple[Branch, ...]
 ) -> Iterator[Entry]:
     """An entry for each array of one collective. Raises ValueError for one over parts of an axis."""
-    kind, params = COLLECTIVES[equation.primitive.name.removesuffix("_start")], equation.params
+    kind, params = _KINDS[equation.primitive.name.removesuffix("_start")], equation.params
     if params.get("axis_index_groups") is not None:
         raise ValueError(
             f"{name} is over parts of an axis (axis_index_groups), which the ledger cannot name; split the mesh axis."
@@ -94,7 +94,7 @@ def entries_of(
 def is_collective(equation: JaxprEqn, sizes: Mapping[str, int]) -> bool:
     """Whether it is a collective. Raises ValueError for what names a mesh axis and is neither one that is known nor known to be silent."""
     primitive = equation.primitive.name
-    if primitive.removesuffix("_start") in COLLECTIVES:
+    if primitive.removesuffix("_start") in _KINDS:
         return True
     if primitive in _SILENT or primitive.endswith("_done"):
         return False

@@ -17,7 +17,6 @@ with the load. Not in it: layouts, spills, what a compiler keeps in registers or
 from collections import defaultdict
 from dataclasses import dataclass
 
-from moe_jax.analysis.jaxpr_ledger import COLLECTIVES
 from moe_jax.plan.bodies import Body, Equation, Value, bodies
 from moe_jax.plan.program import Step
 from moe_jax.plan.work import is_score_product
@@ -138,7 +137,13 @@ def _start(equation, made_by, same, stored):
 def _fuses(equation: Equation) -> bool:
     name = equation.primitive
     alone = (*_ELSEWHERE, *_INTO_BODIES, *_TAKEN, *_PLACED, *_PASSES)
-    return name not in alone and name.removesuffix("_start") not in COLLECTIVES
+    return name not in alone and not _sends(equation)
+
+
+def _sends(equation: Equation) -> bool:
+    """Whether it names a mesh axis, as collectives do."""
+    axes = equation.params.get("axis_name", equation.params.get("axes", ()))
+    return any(isinstance(axis, str) for axis in (axes if isinstance(axes, tuple | list) else (axes,)))
 
 
 def _bytes(equation: Equation) -> int:

@@ -43,13 +43,13 @@ class Machine:
 
     Attributes:
       matrix: of one execution of a product, at the rate of the matrix units.
-      memory: of bytes read or written.
+      memory: of so many bytes read or written in so many passes.
       network: of one execution of a collective.
       text: what the figures are.
     """
 
     matrix: Callable[[work.Product], float]
-    memory: Callable[[float], float]
+    memory: Callable[[float, float], float]
     network: Callable[[Entry], float]
     text: tuple[str, ...] = ()
 
@@ -176,7 +176,7 @@ def data_sheet(step: Step, topology: Topology, host_bandwidth: float | None = No
         text.append(f"host network {network.host_bandwidth / 1e9:.0f} GB/s a GPU and direction ({given})")
     return Machine(
         lambda p: p.flops / (chip.matrix_rate(p.dtype) * chip.matrix_efficiency),
-        lambda size: size / chip.bandwidth,
+        lambda size, _: size / chip.bandwidth,
         network.seconds,
         (*text, *chip.sources),
     )
@@ -209,11 +209,11 @@ def _has_fused_attention(config, topology):
 def _parts(machine, products, moves):
     sums = defaultdict(lambda: [0.0, 0.0, 0.0])
     for p in products:
-        matrix, memory = machine.matrix(p), machine.memory(p.bytes)
+        matrix, memory = machine.matrix(p), machine.memory(p.bytes, 1)
         for i, value in enumerate((matrix, memory, max(matrix, memory))):
             sums[p.part][i] += p.times * value
     for move in moves:
-        memory = machine.memory(move.bytes)
+        memory = machine.memory(move.bytes, move.times)
         for i, value in enumerate((0.0, memory, memory)):
             sums[MOVED_PARTS.get(move.part, move.part)][i] += value
     return {part: PartTime(*values) for part, values in sums.items()}

@@ -24,7 +24,7 @@ V5P = topology.parse("v5p:2x2x2")
 
 def slow(matrix=0.0, memory=0.0, network=0.0):
     """Seconds for each FLOP, each byte moved, each byte sent."""
-    return roofline.Machine(lambda p: matrix * p.flops, lambda size: memory * size, lambda entry: network * entry.bytes)
+    return roofline.Machine(lambda p: matrix * p.flops, lambda size, _: memory * size, lambda entry: network * entry.bytes)
 
 
 EXCHANGED = Entry("all-to-all", ("expert",), "bfloat16", 30, loops=(10,))
