@@ -9,7 +9,7 @@ from moe_jax.config import ConfigError, DataConfig, TrainConfig
 from moe_jax.plan import load
 from moe_jax.plan.roofline import PartTime, Prediction
 from moe_jax.train.routing_log import Header, RoutingWriter
-from tests import tiny
+import tiny
 
 SIZES = {"data": 1, "expert_outer": 1, "fsdp": 1, "expert": 2, "tensor": 1}
 

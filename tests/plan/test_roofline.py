@@ -10,7 +10,7 @@ from moe_jax.analysis.ledger import Branch, Entry
 from moe_jax.config import ConfigError
 from moe_jax.plan import program, roofline, topology, work
 from moe_jax.sizes import flops_per_token
-from tests import tiny
+import tiny
 
 
 @pytest.fixture(scope="module")
