@@ -328,6 +328,8 @@ def _convert(kind, value, path):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{path} = {value!r} is a {type(value).__name__}; give a {kind.__name__}.")
+    if kind is str and "\0" in value:
+        raise ConfigError(f"{path} = {value!r} has a NUL byte, which no name and no command line has; leave it out.")
     if kind is int and not -(2**31) <= value < 2**31:
         raise ConfigError(f"{path} = {value} does not fit in 32 bits; give a smaller number.")
     if kind is float and not math.isfinite(value):
