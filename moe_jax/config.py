@@ -172,7 +172,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one may be -1."""
+    """Sizes of the mesh axes, one of which may be -1, and what XLA is asked for on the devices."""
 
     data: int = -1
     expert_outer: int = 1
@@ -180,6 +180,7 @@ class MeshConfig:
     expert: int = 1
     tensor: int = 1
     emulate: int = 0
+    xla_flags: str = "recommended"
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -9,6 +9,7 @@ from wrong_configs import changes_of, read, refusal, trace_only, wrong_configs
 
 from moe_jax.train import loop
 
+PARTS = 8
 NO_FIELD = "the config has no field"
 # What it takes to be refused, from what was found: (flags, what the sentence says).
 ONCE_FOUND = [
@@ -70,19 +71,20 @@ def test_the_changes_differ_from_one_another():
 
 
 @pytest.mark.faults
-def test_two_hundred_generated_configs_are_refused_by_name_or_train_a_step(folder):
-    """The whole way, to the evaluation after the only step."""
+@pytest.mark.parametrize("part", range(PARTS))
+def test_two_hundred_generated_configs_are_refused_by_name_or_train_a_step(folder, part, record_property):
+    """The whole way, to the evaluation after the only step; in parts, for as many workers."""
     seen = []
 
     @settings(
-        max_examples=200,
+        max_examples=200 // PARTS,
         derandomize=True,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],
     )
-    @given(wrong_configs)
+    @given(wrong_configs(part))
     def every_one(changes):
         sentence = outcome(folder, changes, len(seen))
         seen.append(bool(sentence))
@@ -91,8 +93,8 @@ def test_two_hundred_generated_configs_are_refused_by_name_or_train_a_step(folde
             assert names_a_field(sentence, changes), (changes, sentence)
 
     every_one()
-    assert len(seen) == 200
-    print(f"{sum(seen)} of {len(seen)} generated configs were refused, the others trained")
+    assert len(seen) == 200 // PARTS
+    record_property("figures", f"{sum(seen)} of {len(seen)} generated configs were refused, the others trained")
 
 
 def names_a_field(sentence, changes):

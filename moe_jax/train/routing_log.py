@@ -250,7 +250,9 @@ def _refuse_no_place(path):
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        raise RecordError(f"{where} cannot be a file ({getattr(error, 'strerror', None) or error}); choose another path.") from error
+        raise RecordError(
+            f"{where} cannot be a file ({getattr(error, 'strerror', None) or error}); choose another path."
+        ) from error
     if not os.access(nearest, os.W_OK):
         raise RecordError(f"{where} cannot be written: {str(nearest)!r} is read-only; choose another path.")
 

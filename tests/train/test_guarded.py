@@ -101,7 +101,9 @@ def test_a_run_whose_last_steps_are_skipped_stops_there_and_saves_nothing(folder
     config = tiny_run.config(folder, "ends")
     with monkeypatch.context() as patch:
         on_steps(patch, poisoned(7, 8))
-        with pytest.raises(TrainingError, match=r"step 8: .*, in the run's last 2 steps; the run is stopped, .*/checkpoints/6; lower"):
+        with pytest.raises(
+            TrainingError, match=r"step 8: .*, in the run's last 2 steps; the run is stopped, .*/checkpoints/6; lower"
+        ):
             loop.train(config)
     assert [(event["step"], event["action"]) for event in events(folder / "ends")] == [(7, "warn"), (8, "stop")]
     loop.train(config)

@@ -25,7 +25,9 @@ def config(router="deepseek", moe=None, model=None, steps=10**6, **guards) -> Co
     experts = dataclasses.replace(made.model.moe, **fields, router=dataclasses.replace(made.model.moe.router, **of_router))
     model = dataclasses.replace(made.model, moe=experts)
     train = dataclasses.replace(made.train, steps=steps)
-    return dataclasses.replace(made, model=model, train=train, guards=GuardsConfig(**dict(window=WINDOW, warmup_steps=WARMUP) | guards))
+    return dataclasses.replace(
+        made, model=model, train=train, guards=GuardsConfig(**dict(window=WINDOW, warmup_steps=WARMUP) | guards)
+    )
 
 
 def healthy(steps, tokens=64, seed=0):
