@@ -94,6 +94,7 @@ def test_two_hundred_generated_configs_are_refused_by_name_or_train_a_step(folde
 
     every_one()
     assert len(seen) == 200 // PARTS
+    assert 0 < sum(seen) < len(seen), "all alike, and so for another reason than their own"
     record_property("figures", f"{sum(seen)} of {len(seen)} generated configs were refused, the others trained")
 
 
