@@ -137,12 +137,18 @@ def _causes(error):
 def _set_up_logging():
     if not flags.FLAGS["verbosity"].present:
         absl.logging.set_verbosity(absl.logging.WARNING)
+        absl.logging.get_absl_handler().addFilter(_tells_what_is_not_raised)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     logger = logging.getLogger("moe_jax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def _tells_what_is_not_raised(record: logging.LogRecord) -> bool:
+    """Not the stacks of Orbax's threads: it raises their errors too, and each would stand after the one sentence that says what is wrong."""
+    return not (record.exc_info and {"orbax", "asyncio"} & set(pathlib.PurePath(record.pathname).parts))
 
 
 def parse_mesh(text: str) -> MeshConfig | None:
