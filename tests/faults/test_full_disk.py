@@ -56,10 +56,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_disk_was_full(folder, requ
     command["args"] = [sys.executable, "-c", fill + PROGRAM, *arguments]
     done = subprocess.run(**command, capture_output=True, check=False)
     assert done.returncode == 2, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert SAID[fill] in last
-    assert "Traceback" not in last
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert SAID[fill] in sentence
+    assert "in _target_setting_result" not in done.stderr, "stacks of Orbax's threads drown the sentence"
     done = tiny_run.program("train", *arguments)
     assert done.returncode == 0, done.stderr
     assert f"continuing from step 3 of {folder / name}" in done.stdout
