@@ -147,7 +147,7 @@ def _set_up_logging():
 
 
 def _tells_what_is_not_raised(record: logging.LogRecord) -> bool:
-    """Not the stacks of Orbax's threads: it raises their errors too, and each would stand after the one sentence that says what is wrong."""
+    """Not the stacks of Orbax's threads, whose errors it raises too: they would stand after the one sentence that says what is wrong."""
     return not (record.exc_info and {"orbax", "asyncio"} & set(pathlib.PurePath(record.pathname).parts))
 
 

@@ -182,7 +182,7 @@ def test_an_interruption_at_any_step_changes_no_event(name):
         events.append(guards.look(step, metrics))
         states.append(json.dumps(guards.state()))
     assert sum(map(len, events)) >= 1
-    for start in range(0, len(steps), 7):
+    for start in range(0, len(steps), 23):
         resumed = Guards(config(non_finite="warn"))
         resumed.resume(json.loads(states[start]))
         assert [resumed.look(*step) for step in steps[start:]] == events[start:]

@@ -128,6 +128,7 @@ def test_a_process_that_is_busy_ends_at_once(held, told, why):
         for _ in range(told):
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
             process.send_signal(signal.SIGTERM)  # the same notice
             time.sleep(SAME_NOTICE + 0.5)
         assert process.wait(60) == EXIT_STATUS
