@@ -153,6 +153,7 @@ def _mesh():
     mesh.expert = 1  # experts spread over this many; a data axis for the rest of the model
     mesh.tensor = 1  # heads and hidden widths split over this many
     mesh.emulate = 0  # N: N emulated devices on the CPU; 0 = the real devices
+    mesh.xla_flags = "recommended"  # recommended (of moe_jax/xla_flags.py) | none: the environment's own and no more
     return mesh
 
 

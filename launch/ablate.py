@@ -2,9 +2,9 @@
 
 The config file's `sweep(add)` names the points. Each point and seed is a run of launch.train, in a process and a folder of its own,
 WORKDIR/POINT/seed_N, all points of one seed before the next seed. The same command again leaves finished runs alone, goes on with
-interrupted ones, and with more --seeds adds runs. --index=I makes one run alone, for a job array; --table only compares what is
-finished. The comparison is in WORKDIR/table.md, table.csv and table.png. Checkpoints of a finished run are removed unless
---keep_checkpoints.
+interrupted ones, and with more --seeds adds runs. SIGTERM and Ctrl-C go on to the run under way, which saves its step; the sweep then
+ends, too. --index=I makes one run alone, for a job array; --table only compares what is finished. The comparison is in
+WORKDIR/table.md, table.csv and table.png. Checkpoints of a finished run are removed unless --keep_checkpoints.
 """
 
 import os
@@ -12,8 +12,6 @@ import pathlib
 import runpy
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
 
@@ -26,6 +24,7 @@ from moe_jax.analysis.ablation_points import Point, run_folder
 from moe_jax.analysis.ablation_report import last_line, log_of, seeds_of, write_report
 from moe_jax.analysis.ablation_runs import read_run
 from moe_jax.config import Config, ConfigError
+from moe_jax.train.passing_on import PassingOn
 from moe_jax.train.progress import duration
 
 CONFIG = cli.define_config(
@@ -61,11 +60,15 @@ def main():
     if TABLE.value:
         _report(workdir, chosen)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run under way too
     print(f"{len(runs)} of {SEEDS.value * len(chosen)} runs in {workdir}: points {len(chosen)}, seeds {SEEDS.value}")
-    failed = [not _run(i, len(runs), configs[p.name], workdir, p, s, filename, pristine) for i, (p, s) in enumerate(runs)]
-    if INDEX.value is None:
-        _report(workdir, points)
+    with PassingOn() as programs:
+        count = len(runs)
+        failed = [
+            not _run(programs, f"{i + 1}/{count}", configs[p.name], workdir, p, s, filename, pristine)
+            for i, (p, s) in enumerate(runs)
+        ]
+        if INDEX.value is None:
+            _report(workdir, points)
     if any(failed):
         print(f"{sum(failed)} of {len(runs)} runs failed; their logs say why.", file=sys.stderr)
         sys.exit(1)
@@ -85,10 +88,12 @@ def _load(filename):
     return module, (module["get_config"](argument) if colon else module["get_config"]()).to_dict()
 
 
-def _run(number: int, count: int, config: Config, workdir, point: Point, seed: int, filename: str, pristine: dict) -> bool:
+def _run(
+    programs: PassingOn, number: str, config: Config, workdir, point: Point, seed: int, filename: str, pristine: dict
+) -> bool:
     """Makes one run, where it is not finished; whether it is now. What it says is in seed_N.log beside its folder."""
     folder = run_folder(workdir, point, seed)
-    head = f"{number + 1}/{count} {point.name} seed {seed}:"
+    head = f"{number} {point.name} seed {seed}:"
     if (figures := read_run(folder)) is None:
         config = ablation_points.with_seed(config, workdir, point, seed)
         words = ablation_points.flag_words(filename, ablation_points.changed_fields(config, pristine))
@@ -98,11 +103,13 @@ def _run(number: int, count: int, config: Config, workdir, point: Point, seed: i
         with log.open("w", encoding="utf-8") as said:
             print(f"$ python -m launch.train {shlex.join(words)}", file=said, flush=True)
             command = [sys.executable, "-m", "launch.train", *words]
-            status = subprocess.run(command, stdout=said, stderr=said, env=cache | os.environ, check=False).returncode
+            env = cache | os.environ
+            status = programs.run(head.rstrip(":"), command, lambda: last_line(log), stdout=said, stderr=said, env=env)
         figures = read_run(folder)
         head += f" {duration(time.monotonic() - start)}"
         if figures is None:
-            print(f"{head} failed with status {status}: {last_line(log)}")
+            what = f"failed with status {status}" if status else "came to its end without a validation loss that is a number"
+            print(f"{head} {what}: {last_line(log)}")
             return False
     else:
         head += " finished before,"
@@ -113,4 +120,4 @@ def _run(number: int, count: int, config: Config, workdir, point: Point, seed: i
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, computes=False)  # each run goes by its own config

@@ -1,6 +1,7 @@
 """What the programs share: refusals in one sentence, the project's own log lines, and a mesh written on the command line."""
 
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import re
@@ -14,28 +15,26 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from moe_jax import xla_flags
+from moe_jax import processes, xla_flags
 from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
 from moe_jax.data import cache
 from moe_jax.train.preemption import PreemptedError
 from moe_jax.validation import RefusalError
 
 flags.disclaim_key_flags()  # a flag defined here belongs to the program that asked for it
-XLA_FLAGS = flags.DEFINE_enum(
-    "xla_flags",
-    "recommended",
-    xla_flags.CHOICES,
-    "What to ask XLA for (moe_jax/xla_flags.py); none: what XLA_FLAGS says and no more.",
-)
 
 
-def run(main: Callable[..., None], argument: str | None = None) -> None:
+def run(main: Callable[..., None], argument: str | None = None, *, computes: bool = True) -> None:
     """Parses the flags and runs `main`, with the positional arguments that `argument` names: "NAME", "A B", "RUN..." for one or more, or
     "[NAME]" for one that may be left out.
 
     What the package refuses is one sentence on stderr and exit status 2; `--v=1` shows the traceback and other libraries' logs too.
-    A run that was told to stop and has saved its step exits with `preemption.EXIT_STATUS`.
+    A run that was told to stop and has saved its step exits with `preemption.EXIT_STATUS`. XLA is asked for what `mesh.xla_flags` of the
+    program's config says, or its flag --xla_flags where it has no config; not by a program that only starts others (`computes`).
     """
+    if "config" not in flags.FLAGS:
+        meaning = "What to ask XLA for (moe_jax/xla_flags.py); none: what XLA_FLAGS says and no more."
+        flags.DEFINE_enum("xla_flags", "recommended", xla_flags.CHOICES, meaning)
 
     def guarded(argv):
         names = (argument or "").split()
@@ -45,7 +44,8 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
             raise app.UsageError(f"{names[len(argv) - 1].removesuffix('...')} is missing.")
         sys.stdout.reconfigure(line_buffering=True)  # into a file too, in order with stderr
         _set_up_logging()
-        xla_flags.apply(XLA_FLAGS.value)
+        if computes:
+            xla_flags.apply(_asked_of_xla())
         try:
             main(*argv[1:])
         except RefusalError as refusal:
@@ -53,11 +53,19 @@ def run(main: Callable[..., None], argument: str | None = None) -> None:
                 raise
             _refuse(str(refusal))
         except PreemptedError as stopped:
-            if jax.process_index() == 0:
+            if processes.first():
                 print(stopped, file=sys.stderr)
             sys.exit(stopped.exit_status)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _asked_of_xla() -> str:
+    if "config" not in flags.FLAGS:
+        return flags.FLAGS["xla_flags"].value
+    with _refusing_flags():
+        config = flags.FLAGS["config"].value
+    return config.get("mesh", {}).get("xla_flags", "recommended")
 
 
 def keep_programs() -> None:
@@ -130,6 +138,7 @@ def _causes(error):
 def _set_up_logging():
     if not flags.FLAGS["verbosity"].present:
         absl.logging.set_verbosity(absl.logging.WARNING)
+        absl.logging.get_absl_handler().addFilter(_tells_what_is_not_raised)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     logger = logging.getLogger("moe_jax")
@@ -138,18 +147,21 @@ def _set_up_logging():
     logger.propagate = False
 
 
+def _tells_what_is_not_raised(record: logging.LogRecord) -> bool:
+    """Not the stacks of Orbax's threads, whose errors it raises too: they would stand after the one sentence that says what is wrong."""
+    return not (record.exc_info and {"orbax", "asyncio"} & set(pathlib.PurePath(record.pathname).parts))
+
+
 def parse_mesh(text: str) -> MeshConfig | None:
     """`data=2,expert=4,emulate=8` as a MeshConfig, axes not named being 1 (data: what is left); None for "".
 
     Raises:
       ConfigError: an unknown axis or a size that is no integer.
     """
-    sizes = {}
+    sizes, known = {}, [field.name for field in dataclasses.fields(MeshConfig) if isinstance(field.default, int)]
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
-        if name not in MeshConfig.__dataclass_fields__ or not value.lstrip("-").isdigit():
-            raise ConfigError(
-                f"mesh = {text!r}: {item!r} is not axis=size; axes are {', '.join(MeshConfig.__dataclass_fields__)}."
-            )
+        if name not in known or not value.lstrip("-").isdigit():
+            raise ConfigError(f"mesh = {text!r}: {item!r} is not axis=size; axes are {', '.join(known)}.")
         sizes[name] = int(value)
     return MeshConfig(**sizes) if sizes else None

@@ -172,7 +172,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one may be -1."""
+    """Sizes of the mesh axes, one of which may be -1, and what XLA is asked for on the devices."""
 
     data: int = -1
     expert_outer: int = 1
@@ -180,6 +180,7 @@ class MeshConfig:
     expert: int = 1
     tensor: int = 1
     emulate: int = 0
+    xla_flags: str = "recommended"
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -328,6 +329,8 @@ def _convert(kind, value, path):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{path} = {value!r} is a {type(value).__name__}; give a {kind.__name__}.")
+    if kind is str and "\0" in value:
+        raise ConfigError(f"{path} = {value!r} has a NUL byte, which no name and no command line has; leave it out.")
     if kind is int and not -(2**31) <= value < 2**31:
         raise ConfigError(f"{path} = {value} does not fit in 32 bits; give a smaller number.")
     if kind is float and not math.isfinite(value):

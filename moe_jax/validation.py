@@ -40,6 +40,7 @@ CHOICES = {
     "model.moe.dispatch_wire": ("compute", "bfloat16", "float8_e4m3fn", "int8"),
     "model.moe.combine_wire": ("compute", "bfloat16", "float32"),
     "model.moe.grouped_matmul": ("auto", "cpu", "gpu", "tpu", "reference"),
+    "mesh.xla_flags": ("recommended", "none"),
     "data.corpus": ("builtin", "prose", "files"),
     "data.bad_records": ("stop", "skip"),
     "data.tokenizer": ("bytes", "bpe", "gpt2"),

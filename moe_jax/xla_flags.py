@@ -1,4 +1,6 @@
-"""What XLA is asked for on each platform, with the reason of each flag; the programs apply it before JAX's backends start.
+"""What XLA is asked for on each platform, with the reason of each flag; `mesh.xla_flags` of a config has it applied.
+
+The programs do so as soon as they have read their flags, before JAX's backends start; those without a config have --xla_flags.
 
 A flag of `XLA_FLAGS` that XLA does not know ends the process, so one is set only where the installed libraries have its name in them,
 and GPU flags only where a GPU will compute. What the environment sets already stays as it is. On TPUs the latency-hiding scheduler is on
@@ -16,7 +18,9 @@ from importlib import util
 import jax
 import jaxlib
 
-CHOICES = ("recommended", "none")
+from moe_jax.validation import CHOICES as _CHOICES
+
+CHOICES = _CHOICES["mesh.xla_flags"]
 
 
 @dataclass(frozen=True)

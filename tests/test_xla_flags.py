@@ -1,6 +1,7 @@
 """What XLA is asked for: known to what is installed, set once, never over the environment's own, GPU flags for GPUs alone."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from moe_jax import xla_flags
 
+ROOT = pathlib.Path(__file__).parents[1]
 ALL = [setting for settings in xla_flags.RECOMMENDED.values() for setting in settings]
 
 
@@ -71,6 +73,42 @@ def test_none_is_none(environment, monkeypatch):
     monkeypatch.setattr(xla_flags, "platform", lambda: "gpu")
     assert xla_flags.apply("none") == []
     assert "LIBTPU_INIT_ARGS" not in environment
+
+
+# A program with a config, or without one, that says what it has asked for and whether JAX has started a backend.
+PROGRAM = """
+import os, sys
+from jax._src import xla_bridge
+from launch import cli
+if sys.argv[1] == "with":
+    cli.define_config("configs/base.py:debug", "")
+del sys.argv[1]
+cli.run(lambda: print(os.environ.get("LIBTPU_INIT_ARGS"), bool(xla_bridge._backends)))
+"""
+MADE = "--xla_tpu_enable_async_all_to_all=true --xla_tpu_enable_async_ragged_all_to_all=true False\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["with"], MADE),
+        (["with", "--config.mesh.xla_flags=none"], "None False\n"),
+        (["with", "--config=configs/base.py:mesh.xla_flags='none'"], "None False\n"),
+        (["without"], MADE),
+        (["without", "--xla_flags=none"], "None False\n"),
+    ],
+    ids=str,
+)
+def test_a_program_asks_for_what_its_config_says_before_a_backend_starts(environment, arguments, expected):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+
+def test_a_program_with_a_config_has_no_second_way(environment):
+    command = [sys.executable, "-c", PROGRAM, "with", "--xla_flags=none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Unknown command line flag 'xla_flags'" in done.stderr
 
 
 @pytest.mark.parametrize(("platforms", "expected"), [("cpu", "cpu"), ("cuda,cpu", "gpu"), ("rocm", "gpu"), ("tpu", "tpu")])

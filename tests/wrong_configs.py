@@ -84,8 +84,9 @@ def changes_of(seed: int) -> dict[str, Any]:
     return changes
 
 
-# A seed, as fields drawn one by one are much alike from one example to the next.
-wrong_configs = st.integers(0, 2**32 - 1).map(changes_of)
+def wrong_configs(part: int) -> st.SearchStrategy[dict[str, Any]]:
+    """Changes, of other seeds in every part. Seeds, as fields drawn one by one are much alike from one example to the next."""
+    return st.integers(0, 2**32 - 1).map(lambda seed: changes_of(seed + part * 2**32))
 
 
 class AcceptedError(Exception):

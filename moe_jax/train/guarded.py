@@ -28,6 +28,7 @@ class Guarded:
     def __init__(
         self,
         config: Config,
+        guards: Guards,
         checkpoints: Checkpoints,
         writer: MetricWriter,
         say: Callable[[str], None],
@@ -35,13 +36,13 @@ class Guarded:
     ):
         """
         Args:
-          config, checkpoints: of the run.
+          config, guards, checkpoints: of the run.
           writer: gets every sentence as a text of TensorBoard's.
           say: prints a sentence, in the first process.
           start: the step of the checkpoint that the run goes on from.
         """
         self._config, self._checkpoints, self._writer, self._say = config, checkpoints, writer, say
-        self._guards, self._log = Guards(config), EventLog(config.workdir, start)
+        self._guards, self._log = guards, EventLog(config.workdir, start)
         limits = config.guards
         self._watchdog = Watchdog(limits.stall_seconds, limits.stall, config.workdir, self._stalled, start or 0)
 

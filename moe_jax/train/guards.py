@@ -7,6 +7,7 @@ an episode is one event. docs/guards.md has the guards, their figures and their 
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Guards:
     def __init__(self, config: Config):
         guards = config.guards
         self._warmup, self._patience = guards.warmup_steps, guards.window
-        self._non_finite = NonFinite(guards) if guards.non_finite != "off" else None
+        self._non_finite = NonFinite(guards, config.train.steps) if guards.non_finite != "off" else None
         rules = [("loss_spike", loss_spike(guards)), ("gradient_norm", gradient_norm(guards))]
         if config.model.num_moe_layers:
             rules += [
@@ -43,13 +44,30 @@ class Guards:
                 ("drop_rate", Windowed(guards, config.model, drop_rate)),
                 ("gradient_ratio", Windowed(guards, config.model, gradient_ratio)),
             ]
-        self._rules = [(getattr(guards, name), rule) for name, rule in rules if getattr(guards, name) != "off"]
+        self._rules = {name: rule for name, rule in rules if getattr(guards, name) != "off"}
+        self._actions = {name: getattr(guards, name) for name in self._rules}
         self._quiet: dict[str, int] = {}  # by guard that spoke: steps since it last found something
 
     @property
     def skipping(self) -> bool:
         """Whether the last step was skipped."""
         return self._non_finite is not None and self._non_finite.skipped > 0
+
+    def state(self) -> dict[str, Any]:
+        """All that they remember of earlier steps, as JSON has it: part of a checkpoint, and small beside its arrays of experts."""
+        windows = {name: rule.state() for name, rule in self._rules.items()}
+        return {"quiet": self._quiet, "skipped": self._non_finite.skipped if self._non_finite else 0, "windows": windows}
+
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """Goes on with what `state` gave, None of a checkpoint that has none of it; of a longer window the last steps count."""
+        if state is None:
+            return
+        self._quiet = dict(state["quiet"])
+        if self._non_finite:
+            self._non_finite.skipped = state["skipped"]
+        for name, window in state["windows"].items():
+            if name in self._rules:
+                self._rules[name].resume(window)
 
     def look(self, step: int, metrics: Mapping[str, np.ndarray]) -> list[Event]:
         """The events of a step, given those of `FIGURES` that it has; steps come in order, each once."""
@@ -58,7 +76,7 @@ class Guards:
         if self._non_finite:
             self._non_finite.end()
         self._quiet = {guard: steps + 1 for guard, steps in self._quiet.items() if steps < self._patience}
-        found = [(action, finding) for action, rule in self._rules for finding in rule.look(metrics)]
+        found = [(self._actions[name], finding) for name, rule in self._rules.items() for finding in rule.look(metrics)]
         if step <= self._warmup:
             return []
         events = [Event(step, action, finding) for action, finding in found if finding.guard not in self._quiet]
@@ -74,22 +92,27 @@ def is_finite(metrics: Mapping[str, np.ndarray]) -> bool:
 class NonFinite:
     """Steps whose loss or gradient norm is not finite, which `train.finite` skips. They count in a row."""
 
-    def __init__(self, guards: GuardsConfig):
-        self._stops, self._allowed, self.skipped = guards.non_finite == "stop", guards.skip_steps, 0
+    def __init__(self, guards: GuardsConfig, steps: int):
+        """`steps` is the number of the run's last step."""
+        self._stops, self._allowed, self._last, self.skipped = guards.non_finite == "stop", guards.skip_steps, steps, 0
 
     def end(self) -> None:
         """A step was finite."""
         self.skipped = 0
 
     def look(self, step: int, metrics: Mapping[str, np.ndarray]) -> list[Event]:
-        """The first step of a row warns, that after the last allowed one stops."""
+        """The first step of a row warns, that after the last allowed one stops; so does the run's last step, whose row has no end."""
         self.skipped += 1
-        stops = self._stops and self.skipped > self._allowed
-        if self.skipped > 1 and not stops:
+        too_many, last = self._stops and self.skipped > self._allowed, step == self._last
+        if self.skipped > 1 and not (too_many or last):
             return []
         figures = f"loss = {metrics['train/loss']}, gradient norm = {metrics['train/gradient_norm']}"
-        if stops:
-            row = f", in {self.skipped} steps in a row" if self.skipped > 1 else ""
+        stops, several = too_many or (last and self._stops), f"{self.skipped} steps" if self.skipped > 1 else "step"
+        if too_many:
+            row = f", in {several} in a row" if self.skipped > 1 else ""
+        elif last:
+            row = f", in the run's last {several}"
+            row += "" if stops else f"; skipped, so that the run ends with the state of step {step - self.skipped}"
         else:
             row = "; the step is skipped" + (f", and so are up to {self._allowed - 1} more in a row" if self._stops else "")
         remedy = "lower optimizer.learning_rate or optimizer.clip_norm, or set model.dtype=float32"
@@ -104,6 +127,14 @@ class Jump:
         """`limit` is what the scalar may reach, of an array of the window's."""
         self._guard, self._metric, self._limit, self._remedy = guard, metric, limit, remedy
         self._before: deque[float] = deque(maxlen=window)
+
+    def state(self) -> list[float]:
+        """Its window, as JSON has it."""
+        return list(self._before)
+
+    def resume(self, state: list[float]) -> None:
+        """Goes on with a window that `state` gave."""
+        self._before.extend(state)
 
     def look(self, metrics: Mapping[str, np.ndarray]) -> Iterator[Finding]:
         """Nothing until the window is full."""

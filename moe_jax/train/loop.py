@@ -30,6 +30,7 @@ from moe_jax.train.clock import Clock
 from moe_jax.train.evaluate import evaluate, make_eval_step
 from moe_jax.train.expert_weights import expert_weights
 from moe_jax.train.guarded import Guarded
+from moe_jax.train.guards import Guards
 from moe_jax.train.observatory import LoadWindow, Observer, can_observe
 from moe_jax.train.observatory import summary as summary_of
 from moe_jax.train.progress import Progress
@@ -57,6 +58,7 @@ class _Run:
     tape: Tape
     observes: bool  # evaluations, too: the figures of steps go by the config alone
     window: LoadWindow
+    guards: Guards
     notice: preemption.Notice
 
 
@@ -153,12 +155,14 @@ def _train(config, mesh, corpus, checkpoints, start, tape, source, notice):
         tape,
         observes,
         LoadWindow(),
+        Guards(config),
         notice,
     )
     if start:
         state = run.abstract_state(config, mesh)  # frees the fresh state before the saved one is read
         state, extra = sound.restore(checkpoints, start, state)
         iterator.set_state(extra["data"])
+        shared.guards.resume(extra.get("guards"))
         if observes:
             shared.window.resume(extra.get("window"))
     if start is not None:
@@ -190,7 +194,7 @@ def _steps(shared: _Run, state: TrainState, start: int):
         Progress(config.steps, tokens, start) as progress,
         shared.tape,
         shared.train_step,
-        Guarded(shared.config, shared.checkpoints, writer, progress.message, start or None) as guarded,
+        Guarded(shared.config, shared.guards, shared.checkpoints, writer, progress.message, start or None) as guarded,
     ):
         for done in range(start + 1, config.steps + 1):
             with clock.part("data"):
@@ -234,7 +238,8 @@ def _steps(shared: _Run, state: TrainState, start: int):
                 shared.tape.sync()  # a record has every step that a checkpoint has, and so have the metrics
                 writer.sync()
                 figures = {name: value for name, value in evaluation.items() if np.ndim(value) == 0} if evaluates else {}
-                extra = {"data": shared.iterator.get_state(), "window": shared.window.state(), "metrics": figures}
+                extra = {"data": shared.iterator.get_state(), "metrics": figures}
+                extra |= {"window": shared.window.state(), "guards": shared.guards.state()}
                 with clock.part("checkpoint"), guarded.patient("a checkpoint"):
                     if guarded.may_save(done, state):
                         shared.checkpoints.save(done, state, extra | shared.identity)

@@ -2,7 +2,8 @@
 
 While steps are taken, a notice waits for the step under way and its checkpoint. At any other time, while programs compile or a
 checkpoint is read, there is nothing to save and a SIGTERM ends the process at once; so does a second one at any time. Both exit with
-the status that a shell gives a process that a signal ended.
+the status that a shell gives a process that a signal ended. What comes within `SAME_NOTICE` seconds of the first is no second one: a
+scheduler tells every process of a job, and a launcher among them passes on what it was told.
 
 Several processes must stop after the same step. There JAX's preemption service passes the notice of one on to all and agrees on the
 step; it has its own handler of SIGTERM from `jax.distributed.initialize` on, which this module leaves in place.
@@ -11,11 +12,13 @@ step; it has its own handler of SIGTERM from `jax.distributed.initialize` on, wh
 import os
 import signal
 import threading
+import time
 
 import jax
 from jax.experimental import multihost_utils
 
 EXIT_STATUS = 128 + signal.SIGTERM  # 143: preempted; the same command goes on where it stopped
+SAME_NOTICE = 1.0  # seconds
 
 
 class PreemptedError(Exception):
@@ -111,12 +114,14 @@ class Notice:
         os.close(self._reading)
 
     def _end_at_once_where_nothing_waits(self):
-        before = 0
+        first = None
         while byte := os.read(self._reading, 1):
             if byte[0] != signal.SIGTERM:
                 continue
-            if before or not self._held:
-                why = "a second one" if before else "no step was under way"
+            if first is not None and time.monotonic() - first < SAME_NOTICE:
+                continue
+            if first is not None or not self._held:
+                why = "no step was under way" if first is None else "a second one"
                 os.write(2, f"SIGTERM: {why}, so the run ends at once; run the same command again to go on.\n".encode())
                 os._exit(EXIT_STATUS)
-            before += 1
+            first = time.monotonic()

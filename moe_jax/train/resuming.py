@@ -21,7 +21,7 @@ from moe_jax.validation import CheckpointError
 MAY_CHANGE = {
     "workdir": "a folder can be moved",
     "init_from": "read when a run starts, and its checkpoints have all of it",
-    "mesh": "no number depends on the layout",
+    "mesh": "no number depends on the layout, and XLA's flags are about time and memory",
     "model.remat": "memory against recomputation",
     "model.scan_unroll": "how the loop over layers is compiled",
     "model.attention.implementation": "which kernel computes the same attention",

@@ -22,6 +22,14 @@ class Windowed:
         self._guards, self._model, self._rule = guards, model, rule
         self._seen: deque[np.ndarray] = deque(maxlen=guards.window)
 
+    def state(self) -> list:
+        """Its window, as JSON has it."""
+        return unwound(self._seen)
+
+    def resume(self, state: list) -> None:
+        """Goes on with a window that `state` gave."""
+        self._seen.extend(map(np.array, state))
+
     def look(self, metrics: Mapping[str, np.ndarray]) -> Iterator[Finding]:
         """Nothing until the window is full, or where the model has no such figure."""
         figure_L, limit, describe = self._rule(self._guards, metrics)
@@ -37,8 +45,13 @@ def _last(window, array):
     """Arrays of the window with this one, stacked; None until it is full, and of a figure that is None."""
     if array is None:
         return None
-    window.append(np.asarray(array))
+    window.append(np.asarray(array, np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64))
     return np.stack(window) if len(window) == window.maxlen else None
+
+
+def unwound(window: deque[np.ndarray]) -> list:
+    """A window's arrays as lists: JSON brings 64-bit numbers back to the bit."""
+    return [array.tolist() for array in window]
 
 
 def bias_range(guards: GuardsConfig, metrics: Mapping[str, np.ndarray]):
@@ -92,6 +105,15 @@ class Collapse:
         self._learns = bool(router.params(model.d_model))  # else no entropy is its to lose
         self._loads: deque[np.ndarray] = deque(maxlen=guards.window)
         self._entropies: deque[np.ndarray] = deque(maxlen=guards.window)
+
+    def state(self) -> dict[str, list]:
+        """Its windows, as JSON has them."""
+        return {"loads": unwound(self._loads), "entropies": unwound(self._entropies)}
+
+    def resume(self, state: dict[str, list]) -> None:
+        """Goes on with windows that `state` gave."""
+        self._loads.extend(map(np.array, state["loads"]))
+        self._entropies.extend(map(np.array, state["entropies"]))
 
     def look(self, metrics: Mapping[str, np.ndarray]) -> Iterator[Finding]:
         """Nothing until the window is full, and nothing of loads of which a few tokens could be the reason."""

@@ -178,6 +178,7 @@ class RoutingWriter:
         self.path, self._header = pathlib.Path(path), header
         self._file: BinaryIO | None = None
         self._kept, self._keys = 0, set()
+        _refuse_no_place(self.path)
         if not self.path.exists():
             return
         there = RoutingLog(path)
@@ -238,6 +239,22 @@ class RoutingWriter:
         file = open(self.path, "wb")  # noqa: SIM115
         file.write(f"{_TITLE} {_VERSION}\n{json.dumps(asdict(self._header))}\n".encode())
         return file
+
+
+def _refuse_no_place(path):
+    """A path that no file can be written at, told before a step is taken."""
+    where = f"routing record {str(path)!r}"
+    try:
+        nearest = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
+        os.lstat(path.absolute())
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"{where} cannot be a file ({getattr(error, 'strerror', None) or error}); choose another path."
+        ) from error
+    if not os.access(nearest, os.W_OK):
+        raise RecordError(f"{where} cannot be written: {str(nearest)!r} is read-only; choose another path.")
 
 
 def _refuse_other(there, header, ignored):

@@ -18,6 +18,7 @@ from moe_jax.train import guarded, loop
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.events import EventLog, TrainingError
 from moe_jax.train.guarded import Guarded
+from moe_jax.train.guards import Guards
 from moe_jax.train.optimizer import learning_rate
 from moe_jax.train.state import TrainState
 from moe_jax.train.watchdog import LENIENCE, Watchdog
@@ -95,6 +96,51 @@ def test_a_run_stops_when_too_many_are_skipped_in_a_row(folder, monkeypatch):
     assert len(tiny_run.metrics(folder / "stops")) == 4
 
 
+def test_a_run_whose_last_steps_are_skipped_stops_there_and_saves_nothing(folder, monkeypatch):
+    """Two of the three that are allowed; the same command tries them again."""
+    config = tiny_run.config(folder, "ends")
+    with monkeypatch.context() as patch:
+        on_steps(patch, poisoned(7, 8))
+        with pytest.raises(
+            TrainingError, match=r"step 8: .*, in the run's last 2 steps; the run is stopped, .*/checkpoints/6; lower"
+        ):
+            loop.train(config)
+    assert [(event["step"], event["action"]) for event in events(folder / "ends")] == [(7, "warn"), (8, "stop")]
+    loop.train(config)
+    assert int(tiny_run.saved_state(folder / "ends")["step"]) == 8
+    assert events(folder / "ends") == []
+
+
+def test_a_run_that_skips_without_end_says_what_it_ends_with(folder, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        on_steps(patch, poisoned(7, 8))
+        loop.train(tiny_run.config(folder, "ends_warned", guards__non_finite="warn"))
+    sentence = events(folder / "ends_warned")[-1]["sentence"]
+    assert "in the run's last 2 steps; skipped, so that the run ends with the state of step 6; lower" in sentence
+    assert sentence in capsys.readouterr().err
+    assert int(tiny_run.saved_state(folder / "ends_warned")["step"]) == 8
+
+
+def test_an_interrupted_run_hears_what_an_uninterrupted_one_hears(folder, monkeypatch):
+    """A window of steps 2 to 4, of which the checkpoint is that of step 3; an episode that began before it."""
+    sensitive = dict(guards__window=3, guards__warmup_steps=0, guards__gradient_norm_factor=0.0, guards__bias_range=0.0)
+    loop.train(tiny_run.config(folder, "whole", **sensitive))
+    config = tiny_run.config(folder, "in_two", **sensitive)
+
+    def interrupt(number, batch):
+        return batch if number < 6 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        on_steps(patch, interrupt)
+        with pytest.raises(ZeroDivisionError):
+            loop.train(config)
+    assert sorted(entry.name for entry in (folder / "in_two" / "checkpoints").iterdir()) == ["3"]
+    loop.train(config)
+    expected = events(folder / "whole")
+    assert {("bias_saturation", 3), ("gradient_norm", 4)} <= {(event["guard"], event["step"]) for event in expected}
+    assert events(folder / "in_two") == expected
+
+
 def test_a_step_that_stalls_is_spoken_of_and_the_run_goes_on(folder, monkeypatch, capfd):
     """Step 6's data come once the watchdog has barked, or after a long time."""
     workdir = folder / "stalls"
@@ -141,7 +187,7 @@ class Small:
         self.config = tiny_run.config(folder, "small", **{f"guards__{name}": value for name, value in guards.items()})
         self.checkpoints = Checkpoints(self.workdir / "checkpoints")
         self.writer = MetricWriter(self.workdir, tensorboard=False)
-        self.guarded = Guarded(self.config, self.checkpoints, self.writer, self.said.append, None)
+        self.guarded = Guarded(self.config, Guards(self.config), self.checkpoints, self.writer, self.said.append, None)
 
     def save(self, step, *params):
         state = TrainState(jnp.int32(step), {"w": jnp.array(params, jnp.float32)}, {}, {})

@@ -1,6 +1,7 @@
 """Every guard provoked, and silent, on metrics made up by NumPy: nothing is compiled."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -16,14 +17,17 @@ LAYERS, EXPERTS, TOP_K = 2, 8, 3  # of tiny.config("deepseek"): a dense layer, t
 GUARDS = ("non_finite", "loss_spike", "gradient_norm", "router_collapse", "bias_saturation", "drop_rate", "gradient_ratio")
 
 
-def config(router="deepseek", moe=None, model=None, **guards) -> Config:
+def config(router="deepseek", moe=None, model=None, steps=10**6, **guards) -> Config:
     """`moe` has fields to change of the tiny model's experts; its router's with router_."""
     made = tiny.config(router, model=model)
     of_router = {name.removeprefix("router_"): value for name, value in (moe or {}).items() if name.startswith("router_")}
     fields = {name: value for name, value in (moe or {}).items() if not name.startswith("router_")}
     experts = dataclasses.replace(made.model.moe, **fields, router=dataclasses.replace(made.model.moe.router, **of_router))
     model = dataclasses.replace(made.model, moe=experts)
-    return dataclasses.replace(made, model=model, guards=GuardsConfig(**dict(window=WINDOW, warmup_steps=WARMUP) | guards))
+    train = dataclasses.replace(made.train, steps=steps)
+    return dataclasses.replace(
+        made, model=model, train=train, guards=GuardsConfig(**dict(window=WINDOW, warmup_steps=WARMUP) | guards)
+    )
 
 
 def healthy(steps, tokens=64, seed=0):
@@ -165,9 +169,53 @@ def test_nothing_is_said_in_the_warm_up_but_of_what_is_not_finite():
         assert {event.finding.guard for event in events} == ({name} if name == "non_finite" else set())
 
 
+@pytest.mark.parametrize("name", FAULTS)
+def test_an_interruption_at_any_step_changes_no_event(name):
+    """What guards remember goes through JSON, as a checkpoint has it."""
+    change, _, _ = FAULTS[name]
+    faulty = range(FAULT, FAULT + WINDOW + 3)
+    steps = [(step, m | (change(m) if step in faulty else {})) for step, m in healthy(FAULT + 2 * WINDOW)]
+    guards = Guards(config(non_finite="warn"))
+    states = [json.dumps(guards.state())]
+    events = []
+    for step, metrics in steps:
+        events.append(guards.look(step, metrics))
+        states.append(json.dumps(guards.state()))
+    assert sum(map(len, events)) >= 1
+    for start in range(0, len(steps), 23):
+        resumed = Guards(config(non_finite="warn"))
+        resumed.resume(json.loads(states[start]))
+        assert [resumed.look(*step) for step in steps[start:]] == events[start:]
+
+
+def test_a_checkpoint_of_other_guards_is_gone_on_from():
+    change, _, _ = FAULTS["drop_rate"]
+    guards = Guards(config(drop_rate="off", window=3 * WINDOW))
+    for step, metrics in healthy(FAULT):
+        guards.look(step, metrics | change(metrics))
+    resumed = Guards(config(loss_spike="off"))
+    resumed.resume(json.loads(json.dumps(guards.state())))
+    steps = [(step, m | change(m)) for step, m in healthy(FAULT + 2 * WINDOW) if step > FAULT]
+    assert [event.step for step, m in steps for event in resumed.look(step, m)] == [FAULT + WINDOW]
+
+
+def test_the_last_step_of_a_run_ends_a_row():
+    def spoken(faulty, **guards):
+        return skipped(config(steps=60, **guards), faulty, steps=60)
+
+    assert spoken({59, 60}) == [(59, "warn"), (60, "stop")]
+    assert spoken({60}) == [(60, "stop")]
+    assert spoken({58, 59, 60}, non_finite="warn") == [(58, "warn"), (60, "warn")]
+    assert spoken({60}, non_finite="warn") == [(60, "warn")]
+    assert spoken({60}, non_finite="off") == []
+    assert spoken({58, 59}) == [(58, "warn")]
+
+
 def test_a_run_that_goes_on_waits_for_a_window_only():
+    """From a checkpoint that has none."""
     change, _, _ = FAULTS["drop_rate"]
     guards = Guards(config())
+    guards.resume(None)
     events = [event for step, m in healthy(50) for event in guards.look(5000 + step, m | change(m))]
     assert [event.step for event in events] == [5000 + WINDOW]
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from moe_jax.train.preemption import EXIT_STATUS, Notice, PreemptedError
+from moe_jax.train.preemption import EXIT_STATUS, SAME_NOTICE, Notice, PreemptedError
 
 FOLDER = "runs/mine"
 HANDLED = (signal.SIGTERM, signal.SIGINT)
@@ -128,6 +128,8 @@ def test_a_process_that_is_busy_ends_at_once(held, told, why):
         for _ in range(told):
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
+            time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)  # the same notice
+            time.sleep(SAME_NOTICE + 0.5)
         assert process.wait(60) == EXIT_STATUS
         assert process.stderr.read() == f"SIGTERM: {why}, so the run ends at once; run the same command again to go on.\n"
