@@ -84,4 +84,4 @@ def _search(name, config, where):
 
 
 if __name__ == "__main__":
-    cli.run(main, argument="[COMMAND]", computes=False)  # nothing is run
+    cli.run(main, argument="[COMMAND]")
