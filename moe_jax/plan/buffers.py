@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from moe_jax.config import Config, MoEConfig
@@ -11,6 +12,7 @@ from moe_jax.dispatch import Group
 from moe_jax.exchange.room import Traffic, copies
 from moe_jax.mesh import EXPERT_AXES
 from moe_jax.routing import make_router
+from moe_jax.routing.contract import Tokens
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,13 @@ class Buffers:
     Attributes:
       static: as the program has them.
       worst: for any load at all (`exchange_factor = 0`).
-      expected: what is full of them when tokens go to all experts evenly.
+      expected: what is full of them when tokens go to all experts evenly; None for a router whose lists have places that are no choices,
+        as some tokens take fewer experts.
     """
 
     static: Rows
     worst: Rows
-    expected: Rows
+    expected: Rows | None
 
 
 def buffers(config: Config, num_devices: int) -> Buffers | None:
@@ -55,18 +58,36 @@ def buffers(config: Config, num_devices: int) -> Buffers | None:
     sizes = [getattr(config.mesh, axis) for axis in EXPERT_AXES if getattr(config.mesh, axis) > 1]
     if not config.model.num_moe_layers or not sizes or moe.exchange not in ("auto", "all_to_all", "ragged"):
         return None
-    if not make_router(moe.router, moe.num_experts).causal:
+    if (choices := _choices(config)) is None:
         return None
     split = num_devices // config.mesh.tensor
     tokens = config.data.batch_size * config.data.seq_len // (split * config.train.accumulation)
     width = config.model.d_model * jnp.dtype(config.model.dtype).itemsize
     unbounded = dataclasses.replace(moe, exchange_factor=0.0)
-    return Buffers(_rows(moe, sizes, tokens, width), _rows(unbounded, sizes, tokens, width), _expected(moe, sizes, tokens, width))
+    about = sizes, tokens, choices, width
+    every_place = make_router(moe.router, moe.num_experts).active_experts == choices
+    return Buffers(_rows(moe, *about), _rows(unbounded, *about), _expected(moe, *about) if every_place else None)
 
 
-def _levels(moe: MoEConfig, sizes, tokens, rows_of):
+def _choices(config) -> int | None:
+    """Choices of each token in a router's list; None where that is no fixed number."""
+    router = make_router(config.model.moe.router, config.model.moe.num_experts)
+    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in router.params(config.model.d_model).items()}
+
+    def route(x_TD, params):
+        place_T = jnp.arange(len(x_TD), dtype=jnp.int32)
+        noise_key = jax.random.key(0) if router.uses_noise else None
+        tokens = Tokens(x_TD, place_T >= 0, place_T, place_T, noise_key, training=True)
+        return router(tokens, params, router.init_state())
+
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        x_TD = jax.ShapeDtypeStruct((max(64, config.model.moe.num_experts), config.model.d_model), jnp.float32)
+        return jax.eval_shape(route, x_TD, params).choices
+
+
+def _levels(moe: MoEConfig, sizes, tokens, choices, rows_of):
     """Each level's traffic from the outside in; `rows_of` says how many rows arrive there."""
-    choices, experts = moe.router.top_k, moe.num_experts
+    experts = moe.num_experts
     group = Group(math.prod(sizes) * tokens, choices, experts)
     length = tokens * choices
     for level, peers in enumerate(sizes):
@@ -77,23 +98,23 @@ def _levels(moe: MoEConfig, sizes, tokens, rows_of):
         length, experts = tokens * choices, traffic.num_local
 
 
-def _rows(moe, sizes, tokens, width) -> Rows:
+def _rows(moe, sizes, tokens, choices, width) -> Rows:
     sent = arrived = computed = 0
-    for traffic in _levels(moe, sizes, tokens, lambda traffic: traffic.rows(moe)[1]):
+    for traffic in _levels(moe, sizes, tokens, choices, lambda traffic: traffic.rows(moe)[1]):
         sending, arriving = traffic.rows(moe)
         sent, arrived = sent + sending, arrived + arriving
         computed = traffic.expert_rows(moe) or arriving
     return Rows(sent, arrived, computed, (sent + arrived) * width)
 
 
-def _expected(moe, sizes, tokens, width) -> Rows:
+def _expected(moe, sizes, tokens, choices, width) -> Rows:
     """Of balanced load, the rows that are full: what the group sends to one device's experts, shared by the levels within."""
 
     def arriving(traffic, once):
         return math.ceil(traffic.group.num_tokens * copies(traffic.group, traffic.num_local, once) / traffic.share)
 
     sent = arrived = computed = 0
-    for traffic in _levels(moe, sizes, tokens, lambda traffic: arriving(traffic, traffic.sends_once(moe))):
+    for traffic in _levels(moe, sizes, tokens, choices, lambda traffic: arriving(traffic, traffic.sends_once(moe))):
         rows = arriving(traffic, traffic.sends_once(moe))
         sent, arrived, computed = sent + rows, arrived + rows, arriving(traffic, False)
     return Rows(sent, arrived, computed, (sent + arrived) * width)

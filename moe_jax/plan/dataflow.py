@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Elementwise and indexing: a compiler computes them where they are read, and stores nothing.
-FUSED = frozenset(
-    "abs add add_any and argsort atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp concatenate convert_element_type copy"
-    " copysign cos cosh device_put div dynamic_slice eq erf erf_inv erfc exp exp2 expm1 floor gather ge gt integer_pow iota is_finite"
-    " le log log1p logistic lt max min mul ne neg nextafter not or pad population_count pow real reduce_precision rem rev round rsqrt"
-    " select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square sub tan tanh transpose"
-    " xor threefry2x32 random_wrap random_unwrap random_bits random_fold_in random_seed random_split".split()
-)
-VIEWS = frozenset(
-    "expand_dims name optimization_barrier pcast pvary preduced reshape squeeze stop_gradient sharding_constraint".split()
-)
-REDUCTIONS = frozenset(
-    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor".split()
-)  # read what is fused, store their result
+_ELEMENTWISE = """
+abs add add_any and atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp concatenate convert_element_type copy copysign
+cos cosh device_put div dynamic_slice eq erf erf_inv erfc exp exp2 expm1 floor gather ge gt integer_pow iota is_finite le log log1p
+logistic lt max min mul ne neg nextafter not or pad population_count pow real reduce_precision rem rev round rsqrt select_n shift_left
+shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square sub tan tanh transpose xor
+threefry2x32 random_wrap random_unwrap random_bits random_fold_in random_seed random_split
+"""
+_VIEWS = "expand_dims name optimization_barrier pcast pvary preduced reshape squeeze stop_gradient sharding_constraint"
+_REDUCTIONS = "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor"
+_IN_PLACE = "dynamic_update_slice scatter scatter-add scatter_add scatter_mul psum psum2 psum_invariant"
+
+FUSED = frozenset(_ELEMENTWISE.split())  # computed where they are read
+VIEWS = frozenset(_VIEWS.split())  # the same memory under another shape or name
+REDUCTIONS = frozenset(_REDUCTIONS.split())  # compute what they read, and store their result
+IN_PLACE = frozenset(_IN_PLACE.split())  # write over an operand that nobody reads later
 LOOPS = ("scan", "while", "cond")
-IN_PLACE = frozenset("dynamic_update_slice scatter scatter-add scatter_add scatter_mul psum psum2 psum_invariant".split())
 
 
 @dataclass(eq=False)
@@ -225,7 +225,9 @@ def _inputs_read(node, read):
         wanted = [True] * carry + read[carry:]
         _keep_only_what_is_read(body, wanted)
         body.outputs = tuple(value if keep else None for value, keep in zip(body.outputs, wanted, strict=True))
-    node.outputs = tuple(value if keep else None for value, keep in zip(node.outputs, [True] * carry + read[carry:], strict=True))
+    node.outputs = tuple(
+        value if keep else None for value, keep in zip(node.outputs, [True] * carry + read[carry:], strict=True)
+    )
     used = {id(value) for body in node.bodies for value in _all_read(body)}
     first = 1 if node.primitive == "cond" else 0
     places = zip(*(body.inputs for body in node.bodies), strict=True)

@@ -181,7 +181,9 @@ def second_copy(stack: Value, layer: Value, body: Dataflow, platform: str) -> in
     readers = [node for node in body.nodes if any(value is layer for value in node.inputs)]
     if platform == "tpu":
         casts = {node.outputs[0].bytes for node in readers if node.primitive == "convert_element_type"}
-        smaller = len(casts) == 1 and all(node.primitive == "convert_element_type" for node in readers) and min(casts) < layer.bytes
+        smaller = (
+            len(casts) == 1 and all(node.primitive == "convert_element_type" for node in readers) and min(casts) < layer.bytes
+        )
         return stack.bytes * min(casts) // layer.bytes if smaller else 0
     if platform == "gpu":
         casts = [layer, *(node.outputs[0] for node in readers if node.primitive == "convert_element_type")]

@@ -8,17 +8,18 @@ nor fragmentation, nor what a compiler chooses to compute twice when memory runs
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 
 from moe_jax.config import Config, ConfigError
 from moe_jax.mesh import data_shards
-from moe_jax.plan import liveness, program, topology
+from moe_jax.plan import liveness, program
 from moe_jax.plan.buffers import Buffers, buffers
 from moe_jax.plan.chips import Chip
 from moe_jax.plan.dataflow import Dataflow, Value, dataflow
-from moe_jax.plan.topology import Topology
+from moe_jax.plan.topology import Topology, abstract_mesh
 
 BACKWARD = "transpose("  # in the scopes of what JAX makes for the backward pass
 DOUBT = 0.15  # how far the total may be from a compiler's
@@ -110,7 +111,9 @@ def fits(memory: Memory, chip: Chip) -> Fit:
       ConfigError: the memory of such a device is not known (a CPU's is the machine's).
     """
     if not chip.memory:
-        raise ConfigError(f"topology = {chip.name!r} has no memory of its own to fit into; name an accelerator, e.g. v5p:4x4x4.")
+        raise ConfigError(
+            f"topology = {chip.name!r} has no memory of its own to fit into; name an accelerator, e.g. v5p:4x4x4."
+        )
     free = chip.memory - memory.total
     sure = abs(free) > DOUBT * memory.total
     needed, there = f"{memory.total / 2**30:.2f} GiB", f"{chip.memory / 2**30:.2f} GiB of {chip.name}"
@@ -127,13 +130,18 @@ def largest_batch(config: Config, topology: Topology) -> int:
     Raises:
       ConfigError: as `fits` and `program.trace`.
     """
-    mesh = _mesh(config, topology)
+    mesh = abstract_mesh(config, topology)
     unit = data_shards(mesh) * config.train.accumulation
 
     def free(rows):
         sized = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows * unit))
         return fits(memory(program.trace(sized, mesh), topology), topology.chip).free
 
+    return last_that_fits(free) * unit
+
+
+def last_that_fits(free: Callable[[int], int]) -> int:
+    """The largest n from 1 on whose `free(n)` is not negative, 0 if none is; free falls with n, nearly evenly. Asks for few n."""
     left = {1: free(1)}
     if left[1] < 0:
         return 0
@@ -146,11 +154,7 @@ def largest_batch(config: Config, topology: Topology) -> int:
         guess = min(max(guess, good + 1), 64 * good if bad is None else bad - 1)
         left[guess] = free(guess)
         good, bad = (guess, bad) if left[guess] >= 0 else (good, guess)
-    return good * unit
-
-
-def _mesh(config, topology_):
-    return topology.abstract_mesh(config, topology_)
+    return good
 
 
 def _at_rest(tree) -> int:

@@ -53,7 +53,9 @@ class Verdict:
       outputs: that take no argument's place.
       temporaries: at the worst moment.
       code: the program itself.
-      total: the sum; of a program that was refused what the compiler says it needs, 0 if it does not say.
+      peak: arguments and what is alive beside them at the worst moment, as the compiler has it: without code and gaps. 0 if refused.
+      total: arguments, outputs, temporaries and code, the careful figure. XLA:TPU's temporaries can be more than the chip has and the
+        program fits all the same; of a program that was refused what the compiler says it needs, 0 if it does not say.
       memory: of the device.
       refusal: the compiler's first line if it refused, else empty.
       seconds: that compiling took.
@@ -67,6 +69,7 @@ class Verdict:
     outputs: int
     temporaries: int
     code: int
+    peak: int
     total: int
     memory: int
     refusal: str
@@ -88,7 +91,7 @@ def verdict(step: program.Step, topology: Topology, *, quick: bool = False) -> V
     """
     depth, start = topology.chip.platform, time.perf_counter()
     options = QUICK if quick and depth == "tpu" else {}
-    numbers = dict.fromkeys(("arguments", "outputs", "temporaries", "code"), 0)
+    numbers = dict.fromkeys(("arguments", "outputs", "temporaries", "code", "peak"), 0)
     compiled, refusal, needed = None, "", 0
     try:
         compiled = program.compile_step(step, **options)
@@ -98,22 +101,31 @@ def verdict(step: program.Step, topology: Topology, *, quick: bool = False) -> V
         needed = needed_bytes(refusal)
     if compiled is not None:
         numbers = account(compiled)
-        needed = sum(numbers.values())
+        needed = sum(numbers.values()) - numbers["peak"]
     fits = not refusal and (depth == "tpu" or needed <= topology.chip.memory)
     seconds = time.perf_counter() - start
-    return Verdict(depth, fits, **numbers, total=needed, memory=topology.chip.memory, refusal=refusal, seconds=seconds,
-                   unknown=UNKNOWN[depth], compiled=compiled)
+    return Verdict(
+        depth,
+        fits,
+        **numbers,
+        total=needed,
+        memory=topology.chip.memory,
+        refusal=refusal,
+        seconds=seconds,
+        unknown=UNKNOWN[depth],
+        compiled=compiled,
+    )
 
 
 def account(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes of one device by part, arguments + (outputs - aliased) + temporaries + code: the careful figure, which
-    `peak_memory_in_bytes` is not."""
+    """Bytes of one device by part: `Verdict`'s arguments, outputs (less what takes an argument's place), temporaries, code and peak."""
     stats = compiled.memory_analysis()
     return {
         "arguments": stats.argument_size_in_bytes,
         "outputs": max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0),
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
+        "peak": stats.peak_memory_in_bytes,
     }
 
 
