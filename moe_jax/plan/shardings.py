@@ -223,6 +223,12 @@ def _broadcast(e):
     return [], [e.expect(tuple(out), subset=True)]
 
 
+def _stack(e):
+    dims = list(_merged(e))
+    dims.insert(e.params["axis"], ())
+    return [], [e.expect(tuple(dims), subset=True)]
+
+
 def _transpose(e):
     return [], [e.expect(tuple(e.specs[0][i] for i in e.params["permutation"]))]
 
@@ -323,6 +329,7 @@ RULES = {
     "split": _along("axis"),
     "optimization_barrier": _each,
     "broadcast_in_dim": _broadcast,
+    "stack": _stack,
     "transpose": _transpose,
     "squeeze": _squeeze,
     "reshape": _reshape,
