@@ -229,8 +229,8 @@ def _wire_rows(config):
 
 
 def table(title: str, rows: Sequence[tuple[str, str, str]]) -> str:
-    """Rows of a name, a figure and a note under a title."""
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    """Rows of a name, a figure and a note under a title; a row with a name alone is a sentence."""
+    widths = [max((len(row[i]) for row in rows if row[1]), default=0) for i in range(2)]
     return "\n".join([title, *(f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows)])
 
 

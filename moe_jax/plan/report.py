@@ -8,7 +8,7 @@ import jax
 from moe_jax.analysis.describe import show, table
 from moe_jax.analysis.ledger import total_bytes
 from moe_jax.mesh import AXES
-from moe_jax.plan import roofline
+from moe_jax.plan import roofline, traffic_table
 from moe_jax.plan.load import Simulation
 from moe_jax.plan.plan import Plan
 from moe_jax.plan.search import Found, layout_flags
@@ -173,19 +173,25 @@ def _verdict_rows(verdict):
 
 
 def _traffic_rows(plan):
-    layers = plan.config.model.num_layers
-    groups: dict[tuple, list] = {}
-    for entry in plan.collectives:
-        groups.setdefault((roofline.purpose(entry), entry.kind, entry.axes), []).append(entry)
-    sums = {key: total_bytes(entries) for key, entries in groups.items()}
+    """Collectives by part, phase, kind and axes, the largest first; those that together are less than a thousandth in one row."""
+    every = sorted(traffic_table.table(plan.collectives, plan.config), key=lambda row: -row.step_bytes)
+    total = total_bytes(plan.collectives)
+    large = [row for row in every if row.step_bytes >= total / 1000]
     rows = []
-    for key in sorted(groups, key=lambda key: -sums[key]):
-        what, kind, axes = key
-        most = "at most " * any(entry.upper_bound for entry in groups[key])
-        times = sum(entry.executions for entry in groups[key])
-        note = f"{most}{show(sums[key] / layers)} a layer, {times:,} times"
-        rows.append((f"{what}: {kind} over {' x '.join(axes)}", show(sums[key]), note))
-    return [*rows, ("a step", show(sum(sums.values())), "")] if rows else [("nothing", "", "")]
+    for row in large:
+        most = "at most " * row.upper_bound
+        each = f"{show(row.layer_bytes)} in each of {row.layers} layers, " if row.layers > 1 else ""
+        what = f"{row.part}, {row.phase}: {row.kind} over {' x '.join(row.axes)}"
+        rows.append((what, show(row.step_bytes), f"{most}{each}{row.executions:,} times"))
+    if rest := every[len(large) :]:
+        rows.append(
+            ("smaller ones", show(sum(row.step_bytes for row in rest)), f"{sum(row.executions for row in rest):,} times")
+        )
+    rows.append(("a step", show(total), ""))
+    for part in traffic_table.useful(plan.collectives, plan.config):
+        note = f"of the {show(part.buffer_bytes)} that the buffers of the exchange over {part.axis} have room for"
+        rows.append(("rows with a token in them", show(part.expected_bytes), note))
+    return rows
 
 
 def _time_rows(time):

@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny
 
 from moe_jax.config import ConfigError, DataConfig, TrainConfig
 from moe_jax.plan import load
 from moe_jax.plan.roofline import PartTime, Prediction
 from moe_jax.train.routing_log import Header, RoutingWriter
-import tiny
 
 SIZES = {"data": 1, "expert_outer": 1, "fsdp": 1, "expert": 2, "tensor": 1}
 

@@ -4,13 +4,13 @@ import dataclasses
 import math
 
 import pytest
+import tiny
 
 from moe_jax.analysis.jaxpr_ledger import ledger_of_jaxpr
 from moe_jax.analysis.ledger import Branch, Entry
 from moe_jax.config import ConfigError
 from moe_jax.plan import program, roofline, topology, work
 from moe_jax.sizes import flops_per_token
-import tiny
 
 
 @pytest.fixture(scope="module")

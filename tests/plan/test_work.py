@@ -6,11 +6,11 @@ import math
 
 import jax
 import pytest
+import tiny
 
 from moe_jax.config import AttentionConfig
 from moe_jax.plan import moved, program, topology, work
 from moe_jax.sizes import flops_per_token
-import tiny
 
 LATENT = AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=4, kv_rank=8, q_rank=12, rope_head_dim=4, v_head_dim=4)
 NO_LOSSES = {"balance_loss_weight": 0.0, "z_loss_weight": 0.0}  # for whose sake a pass counts loads first
