@@ -32,7 +32,9 @@ def test_what_is_elementwise_is_computed_where_it_is_read():
 
 
 def test_elementwise_results_write_over_an_operand_that_dies():
-    assert needed(lambda x: jnp.tanh(x @ x) @ x, shape(N, N)) == 2 * SQUARE  # and not three
+    vector = 4 * N
+    assert needed(lambda x, v: jnp.tanh(x @ x) @ v, shape(N, N), shape(N)) == SQUARE + vector
+    assert needed(lambda x, v: (x @ x).T @ (x @ x @ v), shape(N, N), shape(N)) == SQUARE + 2 * vector  # a transpose is not stored
 
 
 def test_a_cast_is_stored_in_its_own_size():
@@ -69,6 +71,18 @@ def test_a_loop_holds_its_stack_its_carry_and_its_body():
     layers = 5
     # the stack of carries, the carry and the product that becomes the next, and the layer's weight cut out of its stack
     assert needed(f, shape(N, N), shape(layers, N, N)) == (layers + 3) * SQUARE
+
+
+def test_a_stack_that_nobody_reads_is_not_there_nor_what_it_was_made_of():
+    def f(x, w_LDD, u_LDD):
+        def body(x, w_and_u):
+            w_DD, u_DD = w_and_u
+            return jnp.tanh(x @ w_DD), u_DD @ u_DD
+
+        return jax.lax.scan(body, x, (w_LDD, u_LDD @ u_LDD))[0]
+
+    # the carry is the argument's copy; the product that becomes the next, and the layer's weight
+    assert needed(f, shape(N, N), shape(5, N, N), shape(5, N, N)) == 3 * SQUARE
 
 
 def test_gradients_of_a_loop_need_what_it_stacked():
