@@ -12,6 +12,7 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 
 from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
 
@@ -19,11 +20,11 @@ from moe_jax.analysis.jaxpr_ledger import entries_of, is_collective
 from moe_jax.analysis.ledger import Branch, Entry, wire_bytes
 from moe_jax.config import ConfigError
 from moe_jax.plan.program import Step
-from moe_jax.plan.shardings import CALLS, Layouts
+from moe_jax.plan.shardings import CALLS, Layouts, Spec
 from moe_jax.plan.what_runs import what_runs
 
 _CALLED_ONCE = ("jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call", "shard_map")
-_UNARY = ("reshard", "convert_element_type", "reshape", "transpose", "copy", "squeeze", "broadcast_in_dim", "reduce_sum")
+_UNARY = ("reshard", "convert_element_type", "reshape", "copy", "squeeze", "broadcast_in_dim", "reduce_sum", "transpose")
 
 
 def collectives(step: Step) -> list[Entry]:
@@ -59,8 +60,8 @@ class _Reader:
                 found = self.found(equation, layouts, loops, name, branch)
                 if found:
                     sums.note(equation, found, len(self.entries))
-                elif _is_same(equation, layouts):
-                    sums.wait(equation.outvars[0], sums.get(equation.invars[0]))
+                elif equation.primitive.name in _UNARY and layouts is not None:
+                    sums.reshaped(equation, layouts)
                 self.entries += found
             if (joined := sums.added(equation)) is not None:
                 self.entries[joined] = None
@@ -96,13 +97,13 @@ class _Reader:
         return sums
 
 
-def _is_same(equation, layouts) -> bool:
-    """Whether a result has the operand's elements, split no further."""
-    if equation.primitive.name not in _UNARY or layouts is None:
-        return False
-    (operand,), (result,) = equation.invars, equation.outvars
-    splits = [sorted(axes for axes in layouts.spec(variable) if axes) for variable in (operand, result)]
-    return operand.aval.size == result.aval.size and splits[0] == splits[1]
+class _Sum(NamedTuple):
+    """An all-reduced array: the place of its entry, its axes, how a device's part was cut out of it since, and whether it was turned."""
+
+    place: int
+    axes: tuple[str, ...]
+    cut: Spec | None = None
+    turned: bool = False
 
 
 class _Sums:
@@ -122,7 +123,18 @@ class _Sums:
         if len(found) == len(equation.outvars):
             for place, (entry, result) in enumerate(zip(found, equation.outvars, strict=True)):
                 if entry.kind == "all-reduce":
-                    self.wait(result, (start + place, entry.axes))
+                    self.wait(result, _Sum(start + place, entry.axes))
+
+    def reshaped(self, equation, layouts) -> None:
+        """The same elements in another shape or dtype, or a device's part of them."""
+        (operand,), (result,) = equation.invars, equation.outvars
+        known, before, after = self.get(operand), *(layouts.spec(variable) for variable in (operand, result))
+        if known is None or operand.aval.size != result.aval.size:
+            return
+        if sorted(filter(None, before)) == sorted(filter(None, after)):
+            self.wait(result, known._replace(turned=known.turned or equation.primitive.name == "transpose"))
+        elif equation.primitive.name == "reshard" and known.cut is None:
+            self.wait(result, known._replace(cut=after))
 
     def wait(self, result, known) -> None:
         if known is not None and self.uses[result] == 1:
@@ -143,12 +155,12 @@ class _Sums:
             return None
         left, right, (result,) = *equation.invars, equation.outvars
         one, other = self.get(left), self.get(right)
-        if one is not None and other is not None and one[1] == other[1]:
+        if one is not None and other is not None and not one.turned and one[1:] == other[1:]:
             self.wait(result, one)
-            return other[0]
+            return other.place
         for known, beside in ((one, right), (other, left)):
-            if known is not None and not isinstance(beside, Literal) and self.uses[beside] == 1:
-                self.carried[result] = beside, known[0]
+            if known is not None and known.cut is None and not isinstance(beside, Literal) and self.uses[beside] == 1:
+                self.carried[result] = beside, known.place
         return None
 
     def accumulated(self, params) -> list[int]:

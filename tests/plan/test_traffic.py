@@ -155,6 +155,14 @@ def looked_up(table, ids):
     return table.at[ids.astype(jnp.int32)].get(out_sharding=P("a", None))
 
 
+def my_columns(x):
+    return jax.sharding.reshard(x, P("b"))
+
+
+def column(x):
+    return jnp.sum(x, axis=0).reshape(16, 1)
+
+
 def microbatches(x):
     def body(carry, x):
         return carry + jnp.sum(x, axis=0), None
@@ -198,6 +206,16 @@ RULES = {
         lambda x, y: jnp.sum(x, axis=0) + jnp.sum(y, axis=0),
         [ROWS, ROWS],
         [("all-reduce", ("a",), 64, ())],
+    ),
+    "sums of which each device takes its part": (
+        lambda x, y: my_columns(jnp.sum(x, axis=0)) + my_columns(jnp.sum(y, axis=0)),
+        [ROWS, ROWS],
+        [("all-reduce", ("a",), 64, ())],
+    ),
+    "sums one of which is turned first": (
+        lambda x, y: column(x) + column(y).reshape(1, 16).T,
+        [ROWS, ROWS],
+        [("all-reduce", ("a",), 64, ())] * 2,
     ),
     "sums that are used besides": (
         lambda x, y: (jnp.sum(x, axis=0) + (s := jnp.sum(y, axis=0)), s),
