@@ -14,6 +14,7 @@ The optimizer is such chains. Bytes are of one device, at the most its buffers h
 with the load. Not in it: layouts, spills, what a compiler keeps in registers or cache between passes.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ def _of_body(body: Body):
     """(path, bytes) of every pass of a body."""
     made_by, same = {}, {}
     for equation in body.equations:
-        if equation.primitive in _SAME:
+        if _is_same(equation):
             same |= {out.key: same.get(value.key, value) for value, out in zip(equation.ins, equation.outs, strict=True)}
         elif _fuses(equation):
             made_by |= {value.key: equation for value in equation.outs}
@@ -93,7 +94,7 @@ def _of_body(body: Body):
     for equation in body.equations:
         if equation.primitive in _SUMS:
             need(equation.outs)
-        elif equation.primitive not in _SAME and not _fuses(equation):
+        elif not _is_same(equation) and not _fuses(equation):
             need(equation.ins)
             if size := _bytes(equation):
                 yield equation.path, size
@@ -102,20 +103,27 @@ def _of_body(body: Body):
 
 
 def _passes(written):
-    """Arrays of the same shape that are made of an array in common are made in one pass."""
+    """Arrays of one shape are made in one pass where they are made of an array of that shape in common, or one of another one without a
+    sum between."""
     groups = []
     for value, path, start in written:
         starts = {key for key, (shape, _) in start.items() if shape == value.shape}
-        joined = [g for g in groups if g["shape"] == value.shape and g["starts"] & starts]
-        group = {"shape": value.shape, "starts": starts, "path": path, "read": dict(start), "written": value.bytes}
-        for other in joined:
+        group = {"shape": value.shape, "starts": starts, "path": path, "read": dict(start), "made": {value.key: value.bytes}}
+        for other in [g for g in groups if g["shape"] == value.shape and _in_one(g, group)]:
             groups.remove(other)
-            group["starts"] |= other["starts"]
-            group["read"] |= other["read"]
-            group["written"] += other["written"]
+            for part in ("starts", "read", "made"):
+                group[part] |= other[part]
         groups.append(group)
     for group in groups:
-        yield group["path"], group["written"] + sum(size for _, size in group["read"].values())
+        read = sum(size for key, (_, size) in group["read"].items() if key not in group["made"])
+        yield group["path"], read + sum(group["made"].values())
+
+
+def _in_one(a, b):
+    if a["starts"] & b["starts"]:
+        return True
+    later = next((x for x, y in ((a, b), (b, a)) if x["starts"] & y["made"].keys()), None)
+    return later is not None and all(shape in ((), later["shape"]) for shape, _ in later["read"].values())
 
 
 def _start(equation, made_by, same, stored):
@@ -132,6 +140,11 @@ def _start(equation, made_by, same, stored):
             else:
                 found[value.key] = (value.shape, value.bytes)
     return found
+
+
+def _is_same(equation: Equation) -> bool:
+    name, ins, outs = equation.primitive, equation.ins, equation.outs
+    return name in _SAME or (name == "broadcast_in_dim" and math.prod(ins[0].whole) == math.prod(outs[0].whole) > 1)
 
 
 def _fuses(equation: Equation) -> bool:

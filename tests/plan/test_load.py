@@ -35,13 +35,14 @@ CHOICES = np.array(
 )
 
 
-def record(path, *steps, source="train"):
-    header = Header("mixtral", 4, (1,), 2)
-    with RoutingWriter(path, header) as writer:
-        for number, choice_BSM in enumerate(steps):
-            B, S, M = choice_BSM.shape
-            batch = {"tokens": np.zeros((B, S), np.int32), "segment_ids": np.ones((B, S), np.int32)}
-            writer.write(f"{source}/{number + 1}", batch, choice_BSM.reshape(B, S, 1, M), np.ones((B, S, 1, M), np.float32))
+def record(path, *steps, layers=None):
+    """A record of training steps, each of the choices [B, S, M] of one MoE layer; or of one step of several `layers`."""
+    steps = [np.stack(layers, axis=2)] if layers else [choice_BSM[:, :, None] for choice_BSM in steps]
+    with RoutingWriter(path, Header("mixtral", 4, tuple(range(steps[0].shape[2])), 2)) as writer:
+        for number, choice_BSLM in enumerate(steps):
+            rows = choice_BSLM.shape[:2]
+            batch = {"tokens": np.zeros(rows, np.int32), "segment_ids": np.ones(rows, np.int32)}
+            writer.write(f"train/{number + 1}", batch, choice_BSLM, np.ones(choice_BSLM.shape, np.float32))
     return path
 
 
@@ -104,15 +105,18 @@ def test_loads_alone_are_spread_over_the_senders():
 
 
 def test_microbatches_and_replicas_take_the_rows_that_training_gives_them(tmp_path):
-    """Eight rows, each sending both choices to experts of its own number modulo 4: with two microbatches (rows m, m + 2, ...) over data 2 x
-    expert 2, microbatch 0 has rows 0, 2, 4, 6, one a device."""
+    """Eight rows of a token, both of its choices the row's number modulo 4, in a second layer one more. With two microbatches (rows m, m +
+    2, ...) over data 2 x expert 2, microbatch 0 has rows 0, 2, 4, 6, one a device."""
     sizes = SIZES | {"data": 2}
-    choices = np.array([[[row % 4, row % 4]] for row in range(8)])
-    made = dataclasses.replace(config(), data=DataConfig(seq_len=1, batch_size=8), train=TrainConfig(accumulation=2))
-    routed = load.from_record(record(tmp_path / "a.rec", choices), made, sizes)
-    even, odd = [2, 0, 0, 0], [0, 2, 0, 0]
-    assert routed.rows_NLGPE[0, 0].tolist() == [[even, [0, 0, 2, 0]], [even, [0, 0, 2, 0]]]
-    assert routed.rows_NLGPE[1, 0].tolist() == [[odd, [0, 0, 0, 2]], [odd, [0, 0, 0, 2]]]
+    first = np.array([[[row % 4, row % 4]] for row in range(8)])
+    made = dataclasses.replace(
+        config(first_dense=0), data=DataConfig(seq_len=1, batch_size=8), train=TrainConfig(accumulation=2)
+    )
+    routed = load.from_record(record(tmp_path / "a.rec", layers=(first, (first + 1) % 4)), made, sizes)
+    rows = [[2 * (e == expert) for e in range(4)] for expert in range(4)]
+    of_microbatch = [[[rows[0], rows[2]]] * 2, [[rows[1], rows[3]]] * 2]
+    of_next = [[[rows[1], rows[3]]] * 2, [[rows[2], rows[0]]] * 2]
+    assert routed.rows_NLGPE.tolist() == [list(pair) for pair in zip(of_microbatch, of_next, strict=True)]
 
 
 def test_refusals(tmp_path):

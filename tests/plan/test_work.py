@@ -77,6 +77,19 @@ def test_each_part_on_its_own():
     }
 
 
+def test_a_window_is_counted_in_the_layers_that_have_one():
+    """Rows of 128 tokens are two blocks of 64 queries. The first sees 64 keys in every layer; the second 128, or with a window of 4 the 67
+    that any of its queries may see. One layer of three has no window."""
+    made = dataclasses.replace(
+        CASES["dense, windows in two of three layers"][1], data=tiny.DataConfig(seq_len=128, batch_size=8)
+    )
+    step = program.trace(made, topology.abstract_mesh(made, topology.parse("cpu:8")))
+    pairs = 2 * 64 * (64 + 67) + 64 * (64 + 128)
+    assert (
+        work.flops(work.products(step))["attention scores"]["forward"] == 2 * 2 * 4 * 4 * pairs
+    )  # FLOPs, products, heads, width
+
+
 def test_what_is_done_again():
     plain, again = everywhere("experts over 4, kernel"), everywhere("fsdp and tensor, all done again")
     assert {part: row["again"] for part, row in plain.items() if row["again"]} == {
