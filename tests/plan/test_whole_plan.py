@@ -23,7 +23,13 @@ def made():
 def test_the_table_has_every_part_and_the_sums(made):
     text = report.text(made, "tiny", "jaxpr", largest_batch=4096)
     assert text.startswith("tiny on v5e:2x4: 8 devices of 15.8 GiB, depth jaxpr\n  mesh data 2 x expert 4;")
-    for part in ("parameters, float32", "kept for the backward pass", "exchange, forward: all-to-all over expert", "experts", "router"):
+    for part in (
+        "parameters, float32",
+        "kept for the backward pass",
+        "exchange, forward: all-to-all over expert",
+        "experts",
+        "router",
+    ):
         assert f"\n  {part}" in text, part
     assert any(line.split()[:1] == ["total"] and show(made.memory.total) in line for line in text.splitlines())
     assert "largest batch that fits: 4,096 rows" in text
