@@ -7,8 +7,9 @@ import math
 import pytest
 import tiny
 
+from configs.published import mixtral_8x7b
 from moe_jax.analysis.ledger import Entry, ledger, wire_bytes
-from moe_jax.config import Config, MeshConfig
+from moe_jax.config import Config, MeshConfig, from_dict
 from moe_jax.plan import program, targets, topology, traffic
 from moe_jax.plan.reconcile import EQUAL, GATHER, SCATTER, Reconciliation, operand_bytes, reconcile
 
@@ -71,7 +72,8 @@ def test_what_is_compiled_and_was_not_counted_is_unexplained(extra):
 def of(mesh, **settings) -> Config:
     """A tiny model whose every weight is above `reconcile.SMALL`."""
     model = dict(d_model=64, d_ff=96, vocab_size=256, attention=dataclasses.replace(tiny.config().model.attention, head_dim=16))
-    config = tiny.config(**{"d_ff": 32, "remat": "full"} | settings, model=model | settings.pop("model", {}))
+    model |= settings.pop("model", {})
+    config = tiny.config(**{"d_ff": 32, "remat": "full"} | settings, model=model)
     return dataclasses.replace(config, mesh=MeshConfig(**{"data": 1} | mesh))
 
 
@@ -142,3 +144,11 @@ def test_programs_for_h100_send_what_was_counted(name):
     found.check()
     assert {(line.kind, line.rule) for line in found.explained} <= {("all-reduce", EQUAL)}
     assert sum(line.counted - line.compiled for line in found.explained) < 256
+
+
+@pytest.mark.matrix
+def test_mixtral_for_64_h100s_sends_what_was_counted():
+    found = compiled_and_counted(from_dict(mixtral_8x7b.get_config("h100-64")), "h100:8x8")
+    found.check()
+    (loads,) = found.explained  # equal sums of loads in 32 layers
+    assert (loads.dtype, loads.counted - loads.compiled) == ("int32", 32 * 8 * 4 + 2 * 4)

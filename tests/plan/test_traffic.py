@@ -1,7 +1,9 @@
 """Every collective of a step by its jaxpr: closed forms to the byte, rules one by one, and what is refused."""
 
 import dataclasses
+import importlib
 import math
+import pkgutil
 from collections import Counter
 
 import jax
@@ -11,6 +13,7 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from configs import published
 from configs.published import mixtral_8x7b
 from moe_jax.analysis import bench_comm, describe
 from moe_jax.config import Config, ConfigError, MeshConfig, from_dict
@@ -45,14 +48,19 @@ def weights_of(entries, mesh):
     return [e for e in own if operand_bytes(e, mesh.shape) > 4]
 
 
+def more(*case):
+    return pytest.param(*case, marks=pytest.mark.matrix)
+
+
 @pytest.mark.parametrize(
     ("mesh", "settings"),
     [
         (dict(fsdp=2, expert=4), dict(remat="full", exchange="all_to_all")),
         (dict(data=2, fsdp=2, expert=2), dict(remat="none", exchange="all_gather", model=dict(dtype="bfloat16"))),
-        (dict(expert_outer=2, expert=4), dict(remat="dots", exchange="ragged")),
-        (dict(expert_outer=2, expert=2, fsdp=2), dict(remat="full", exchange="all_to_all", send_once=False)),
-        (dict(data=2, expert=4), dict(remat="full", exchange="ragged", model=dict(tied_embeddings=True))),
+        more(dict(expert_outer=2, expert=4), dict(remat="dots", exchange="ragged")),
+        more(dict(expert_outer=2, expert=2, fsdp=2), dict(remat="full", exchange="all_to_all", send_once=False)),
+        more(dict(data=2, expert=4), dict(remat="full", exchange="ragged", model=dict(tied_embeddings=True))),
+        more(dict(expert=8), dict(remat="none", exchange="all_to_all", dispatch_wire="int8")),
     ],
     ids=str,
 )
@@ -82,7 +90,7 @@ def exchange_form(config):
     return {key: size * config.model.num_moe_layers for key, size in form.items()}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [more("none"), "full"])
 def test_sums_over_the_tensor_axis_are_their_closed_form(remat):
     config = on(dict(fsdp=2, tensor=4), remat=remat, num_experts=0, num_shared_experts=0, first_dense=0)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=four_heads(config)))
@@ -98,7 +106,7 @@ def four_heads(config):
 MIXTRAL = "h100-64,data.batch_size=64,model.moe.exchange_factor=1.25,mesh.fsdp=8,mesh.expert=8"
 
 
-@pytest.mark.parametrize(("again", "times"), [(False, 4), (True, 6)])
+@pytest.mark.parametrize(("again", "times"), [(False, 4), more(True, 6)])
 def test_mixtral_on_64_devices_by_hand(again, times):
     """4,096 tokens a device, room for 1.25 times the balanced rows: a buffer is 4,096 x 2 x 1.25 rows of 8 KiB, 80 MiB, of which 7/8
     leave the device. Out and home, forward and backward, are four such exchanges a layer, 8.75 GiB in 32 layers, for what came over
@@ -120,7 +128,7 @@ def test_mixtral_on_64_devices_by_hand(again, times):
 
 
 def test_rows_of_the_table_add_up():
-    config = on(dict(fsdp=2, expert=4), remat="full")
+    config = on(dict(fsdp=2, expert=4), remat="full", exchange="all_to_all")
     entries, _ = counted(config)
     rows = table(entries, config)
     assert sum(row.step_bytes for row in rows) == sum(e.bytes * e.executions for e in entries)
@@ -251,3 +259,11 @@ def test_what_cannot_be_inferred_is_refused(name):
     function, arrays, message = REFUSED[name]
     with pytest.raises(ConfigError, match=message):
         of(function, *arrays)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("module", [m.name for m in pkgutil.iter_modules(published.__path__) if m.name != "presets"])
+def test_no_published_model_has_an_equation_without_a_rule(module):
+    config = from_dict(importlib.import_module(f"configs.published.{module}").get_config("h100-64"))
+    mesh = topology.abstract_mesh(config, topology.parse("h100:8x8"))
+    assert traffic.collectives(program.trace(config, mesh))
