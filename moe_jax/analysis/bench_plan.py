@@ -15,11 +15,11 @@ import numpy as np
 from moe_jax.analysis import plan_calibration, timing
 from moe_jax.analysis.bench_train import stepper
 from moe_jax.analysis.devices import start_with
-from moe_jax.analysis.jaxpr_ledger import ledger_of_jaxpr
 from moe_jax.analysis.ledger import Entry
 from moe_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, RouterConfig, TrainConfig
 from moe_jax.mesh import make_mesh, shard_batch
 from moe_jax.plan import program, roofline, topology, work
+from moe_jax.plan.traffic import collectives as all_collectives
 
 DEVICES = 8
 MESHES = {
@@ -54,7 +54,7 @@ def configs() -> dict[str, Config]:
 
 def rows(
     repeats: int,
-    collectives: Callable[[program.Step], Sequence[Entry]] = lambda step: ledger_of_jaxpr(step.traced.jaxpr, step.mesh),
+    collectives: Callable[[program.Step], Sequence[Entry]] = all_collectives,
     made_of: dict[str, Config] | None = None,
 ) -> dict[str, list[dict]]:
     """One table of the steps, one of the machine.
