@@ -8,7 +8,7 @@ import jax
 from moe_jax.analysis.describe import show, table
 from moe_jax.analysis.ledger import total_bytes
 from moe_jax.mesh import AXES
-from moe_jax.plan import roofline, traffic_table
+from moe_jax.plan import roofline, targets, traffic_table
 from moe_jax.plan.load import Simulation
 from moe_jax.plan.plan import Plan
 from moe_jax.plan.search import Found, layout_flags
@@ -23,13 +23,10 @@ PARTS = {
     "exchange": "rows on their way between devices",
     "working": "everything else at the worst moment",
 }
-UNKNOWN = {
-    "jaxpr": (
-        "memory: what a compiler fuses, copies and recomputes is guessed by rules; code and fragmentation are not in it",
-        "traffic: a compiler may join or repeat collectives; of exchanges whose sizes are data the most that they can be",
-        "time: rates of data sheets; launches, synchronisation, other jobs on the network and slow devices are not in it",
-    )
-}
+UNKNOWN = (  # whatever the depth; of memory `targets.UNKNOWN` says it
+    "Traffic is what the trace asks for: a compiler may join or repeat collectives; of exchanges whose sizes are data it is the most.",
+    "Time is by data sheets: launches, synchronisation, other jobs on the network and slow devices are not in it.",
+)
 
 
 def text(plan: Plan, name: str, depth: str, largest_batch: int | None = None, simulation: Simulation | None = None) -> str:
@@ -53,7 +50,7 @@ def text(plan: Plan, name: str, depth: str, largest_batch: int | None = None, si
         ]
     if simulation:
         sections.append(table("under the recorded routing", _load_rows(simulation)))
-    unknown = plan.verdict.unknown if plan.verdict else UNKNOWN[depth]
+    unknown = [*targets.UNKNOWN[depth], *UNKNOWN]
     return "\n\n".join([*sections, "\n".join([f"depth {depth} cannot know", *(f"  {sentence}" for sentence in unknown)])])
 
 
