@@ -34,7 +34,9 @@ def test_what_is_elementwise_is_computed_where_it_is_read():
 def test_elementwise_results_write_over_an_operand_that_dies():
     vector = 4 * N
     assert needed(lambda x, v: jnp.tanh(x @ x) @ v, shape(N, N), shape(N)) == SQUARE + vector
-    assert needed(lambda x, v: (x @ x).T @ (x @ x @ v), shape(N, N), shape(N)) == SQUARE + 2 * vector  # a transpose is not stored
+    assert (
+        needed(lambda x, v: (x @ x).T @ (x @ x @ v), shape(N, N), shape(N)) == SQUARE + 2 * vector
+    )  # a transpose is not stored
 
 
 def test_a_cast_is_stored_in_its_own_size():
