@@ -1,6 +1,7 @@
 """The compilers of devices that are not there: what their messages mean, what is refused without them, a verdict of each."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 
@@ -31,6 +32,45 @@ def test_a_refusal_says_what_is_needed(message, gib):
 
 def test_another_failure_is_no_refusal():
     assert targets.refused_for_memory("INTERNAL: Mosaic failed to compile") == ""
+
+
+def compiled_for_this_cpu(*_, **__):
+    return jax.jit(lambda x: jnp.outer(x, x)).lower(jnp.ones(100)).compile()
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(10**9, True), (40_000, False)])
+def test_a_gpus_compiler_refuses_nothing_so_that_the_verdict_must(monkeypatch, memory, fits):
+    monkeypatch.setattr(program, "compile_step", compiled_for_this_cpu)
+    topology = parse("h100:8")
+    found = targets.verdict(None, dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=memory)))
+    assert (found.fits, found.refusal) == (fits, "")
+    assert found.total >= 400 + 40_000
+    assert found.compiled is not None
+
+
+def test_on_a_tpu_success_is_the_verdict_and_a_refusal_no_traceback(monkeypatch):
+    topology = parse("v5p:2x2x1")
+    monkeypatch.setattr(program, "compile_step", compiled_for_this_cpu)
+    little = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=1))
+    assert targets.verdict(None, little).fits
+
+    def refuse(message, *_, **__):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(program, "compile_step", functools.partial(refuse, USED))
+    found = targets.verdict(None, topology)
+    assert (found.fits, found.compiled, found.total) == (False, None, round(98.10 * 2**30))
+    monkeypatch.setattr(program, "compile_step", functools.partial(refuse, "INTERNAL: Mosaic failed to compile"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
+        targets.verdict(None, topology)
+
+
+def test_only_a_tpus_compiler_is_told_to_hurry(monkeypatch):
+    asked = []
+    monkeypatch.setattr(program, "compile_step", lambda step, **options: asked.append(options) or compiled_for_this_cpu())
+    for name, quick in (("v5p:2x2x1", True), ("v5p:2x2x1", False), ("h100:8", True)):
+        targets.verdict(None, parse(name), quick=quick)
+    assert asked == [{"exec_time_optimization_effort": -1.0}, {}, {}]
 
 
 @pytest.mark.parametrize(("name", "package"), [("v5p:2x2x1", "libtpu"), ("h100:8", "jax_cuda13_plugin")])
@@ -92,17 +132,9 @@ def test_a_small_step_has_a_verdict(name, depth):
     assert found.total == found.arguments + found.outputs + found.temporaries + found.code
     assert found.peak <= found.total
     assert found.outputs < 1e6  # the state takes its own place
+    kernels = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
+    assert kernels[depth] in found.compiled.as_text()  # the experts' products, as on the chip
     assert estimate.total == pytest.approx(found.peak, rel=2 * DOUBT)  # of a program so small that what is small counts
-
-
-@pytest.mark.slow
-def test_a_gpus_compiler_refuses_nothing_so_that_the_verdict_must():
-    topology = parse("h100:8")
-    topologies.devices(topology.text)
-    little = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=10**6))
-    found = targets.verdict(program.trace(small(layers=1), targets.device_mesh(small(layers=1), little)), little)
-    assert found.compiled is not None
-    assert not found.fits
 
 
 @pytest.mark.slow
@@ -116,6 +148,22 @@ def test_what_cannot_fit_is_refused_by_the_plan_and_by_the_tpus_compiler():
     assert found.compiled is None
     assert "RESOURCE_EXHAUSTED" in found.refusal
     assert found.total > topology.chip.memory
+    assert f"{topology.chip.memory / 2**30:.2f}G" in found.refusal  # the compiler has the chip's memory as our table does
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:2x8", "h200:8"])
+def test_topologies_have_the_devices_that_we_say(name):
+    found, topology = topologies.devices(name), parse(name)
+    assert len(found) == topology.num_devices
+    assert {device.device_kind for device in found} == {topology.chip.device_kind}
+
+
+@pytest.mark.parametrize("name", targets.GPU_TARGETS)
+def test_gpus_have_the_instructions_that_kernels_use(name):
+    """Of compute capability 9.0 alone wgmma is none: sm_90a is asked for by this."""
+    assert "feature_extension: ACCELERATED_FEATURES" in targets.GPU_TARGETS[name]
+    assert f"device_memory_size: {parse(f'{name}:8').chip.memory}" in targets.GPU_TARGETS[name]
 
 
 @pytest.mark.slow
