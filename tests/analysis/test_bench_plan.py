@@ -90,8 +90,8 @@ def test_probes_do_what_they_are_timed_for():
             assert 3 * len(results) == made[name].repeats / plan_calibration.CALLS
             assert {(float(dx.min()), float(dw.max())) for dx, dw in results} == {(128.0, 32.0)}
     assert {name[1:3] for name in made if name[0] == "collective"} == SENT
-    in_place = made["pass", 4096]
-    assert all(float(x.min()) == 1.0 for x in (*in_place.call(), *in_place.call()))  # its arrays are given away and taken back
+    made["pass", 4096].call()  # its arrays are given away, and its results taken for the next
+    assert {float(x.min()) for x in made["pass", 4096].call()} == {1.0}
     summed = made["collective", "all-reduce", 4, 2**12].call()[0]
     assert (float(summed.min()), summed.shape) == (4.0, (8, 4, 256))
     assert made["collective", "reduce-scatter", 4, 2**12].call()[0].shape == (8, 1, 256)
