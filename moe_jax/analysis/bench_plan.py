@@ -1,18 +1,23 @@
 """Predicted against measured time of whole train steps on emulated devices: three models on three meshes.
 
 The machine's roofline (`plan_calibration`) is measured in the same rounds as the steps, in turn with them. A prediction is the reading
-"none" of `plan.roofline`: devices that share cores overlap nothing. `collectives` says what sends; `plan` tells time.
+"none" of `plan.roofline`: devices that share cores overlap nothing. Everything is timed by two clocks: the wall's, and this process's
+processor time over the machine's cores, which is what the wall would show were the cores this process's own and all busy. Where others
+use the machine too the second compares like with like.
 """
 
 import dataclasses
 import math
+import os
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from moe_jax.analysis import plan_calibration, timing
+from moe_jax.analysis import plan_calibration
 from moe_jax.analysis.bench_train import stepper
 from moe_jax.analysis.devices import start_with
 from moe_jax.analysis.ledger import Entry
@@ -59,8 +64,9 @@ def rows(
 ) -> dict[str, list[dict]]:
     """One table of the steps, one of the machine.
 
-    Keys of a step: model, mesh, predicted_ms, measured_ms (mean, and `_min`, `_max`), ratio (predicted over measured), and what the
-    prediction is made of: matrix_ms, memory_ms (beyond the products'), network_ms.
+    Keys of a step: model, mesh, predicted_ms, measured_ms (median, and `_min`, `_max`), ratio (predicted over measured), the same three by
+    processor time (`processor_`), and what its prediction is made of: matrix_ms, memory_ms (beyond the products'), network_ms. The
+    machine's rates are by processor time too.
 
     Args:
       repeats: rounds, in each of which every step and every part of the calibration runs once.
@@ -80,23 +86,42 @@ def rows(
     }
     made = plan_calibration.probes(sorted(wanted, key=str), kinds, jax.devices())
     calls = {**{name: probe.call for name, probe in made.items()}, **{("step", n): _step(c) for n, c in made_of.items()}}
-    seconds = timing.interleaved(calls, repeats=repeats, warmup=1)
-    rates = plan_calibration.rates(seconds, made)
+    by_clock = timed(calls, repeats)
+    rates = {clock: plan_calibration.rates(seconds, made) for clock, seconds in by_clock.items()}
     table = []
     for name, step in traced.items():
         sizes = dict(step.mesh.shape)
-        predicted = roofline.predict(step, where, sent[name], overlap="none", machine=rates.machine(sizes))
-        table.append(step_row(name, predicted, seconds["step", name]))
-    return {"steps": table, "machine": _machine_rows(rates)}
+        predicted = {
+            clock: roofline.predict(step, where, sent[name], overlap="none", machine=of_clock.machine(sizes))
+            for clock, of_clock in rates.items()
+        }
+        table.append(step_row(name, predicted, {clock: seconds["step", name] for clock, seconds in by_clock.items()}))
+    return {"steps": table, "machine": _machine_rows(rates["processor"])}
 
 
-def in_order(table: Sequence[dict], apart: float = 1.25) -> list[tuple[str, str]]:
-    """Pairs of steps of which the slower is predicted to be the faster, of those measured at least `apart` times as long."""
+def timed(calls: dict[Any, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, dict[Any, list[float]]]:
+    """Seconds of each call by the clocks "wall" and "processor" (this process's, over the cores), every repeat calling all in turn."""
+    seconds = {clock: {name: [] for name in calls} for clock in ("wall", "processor")}
+    for i in range(warmup + repeats):
+        for name, call in calls.items():
+            wall, processor = time.perf_counter(), time.process_time()
+            jax.block_until_ready(call())
+            wall, processor = time.perf_counter() - wall, (time.process_time() - processor) / os.cpu_count()
+            if i >= warmup:
+                seconds["wall"][name].append(wall)
+                seconds["processor"][name].append(processor)
+    return seconds
+
+
+def in_order(table: Sequence[dict], apart: float = 1.25, clock: str = "processor_") -> list[tuple[str, str]]:
+    """Pairs of steps of which the slower is predicted to be the faster, of those measured at least `apart` times as long; by the wall's
+    clock where `clock` is empty."""
     return [
         (f"{a['model']} / {a['mesh']}", f"{b['model']} / {b['mesh']}")
         for a in table
         for b in table
-        if a["measured_ms"] > apart * b["measured_ms"] and a["predicted_ms"] <= b["predicted_ms"]
+        if a[f"{clock}measured_ms"] > apart * b[f"{clock}measured_ms"]
+        and a[f"{clock}predicted_ms"] <= b[f"{clock}predicted_ms"]
     ]
 
 
@@ -118,22 +143,21 @@ def _step(config):
     return call
 
 
-def step_row(name: str, predicted: roofline.Prediction, seconds: Sequence[float]) -> dict:
-    """The row of the step "model / mesh" that took `seconds`."""
+def step_row(name: str, predicted: dict[str, roofline.Prediction], seconds: dict[str, Sequence[float]]) -> dict:
+    """The row of the step "model / mesh" by what was predicted and measured by each clock."""
     model, mesh = name.split(" / ")
-    measured, matrix = statistics.fmean(seconds), sum(p.matrix for p in predicted.parts.values())
-    return {
-        "model": model,
-        "mesh": mesh,
-        "predicted_ms": 1e3 * predicted.seconds,
-        "measured_ms": 1e3 * measured,
-        "measured_ms_min": 1e3 * min(seconds),
-        "measured_ms_max": 1e3 * max(seconds),
-        "ratio": predicted.seconds / measured,
-        "matrix_ms": 1e3 * matrix,
-        "memory_ms": 1e3 * (sum(p.seconds for p in predicted.parts.values()) - matrix),
-        "network_ms": 1e3 * sum(predicted.network.values()),
-    }
+    row = {"model": model, "mesh": mesh}
+    for clock, prefix in (("wall", ""), ("processor", "processor_")):
+        measured = statistics.median(seconds[clock])
+        row[f"{prefix}predicted_ms"] = 1e3 * predicted[clock].seconds
+        row[f"{prefix}measured_ms"] = 1e3 * measured
+        if clock == "wall":
+            row |= {"measured_ms_min": 1e3 * min(seconds[clock]), "measured_ms_max": 1e3 * max(seconds[clock])}
+        row[f"{prefix}ratio"] = predicted[clock].seconds / measured
+    parts, network = predicted["processor"].parts.values(), predicted["processor"].network.values()
+    matrix = sum(part.matrix for part in parts)
+    memory = sum(part.seconds for part in parts) - matrix
+    return row | {"matrix_ms": 1e3 * matrix, "memory_ms": 1e3 * memory, "network_ms": 1e3 * sum(network)}
 
 
 def _machine_rows(rates):

@@ -3,8 +3,7 @@
 Every figure is of all devices at work together, each on arrays of its own, as in a step: emulated devices share the machine's cores, so a
 device's rate is what is left of them. Nothing is fitted to a step's time: a product is measured at the sizes that the steps have
 (rounded to powers of two), a pass at several sizes, a collective of each kind and group at two sizes. The cost of a call without
-work is taken off. Means, not medians: on a machine that others use too a long step meets their work in proportion, a short probe now and
-then, and it is the mean of many that a step is made of.
+work is taken off.
 """
 
 import math
@@ -24,12 +23,12 @@ from moe_jax.ops.varying import vary_alike
 from moe_jax.plan.roofline import Machine
 from moe_jax.plan.work import Product
 
-COVERED = 0.98  # of each part's FLOPs: sizes beyond are taken to run at the rate of the nearest that is measured
+COVERED = 0.95  # of each part's FLOPs: sizes beyond are taken to run at the rate of the nearest that is measured
 PASS_BYTES = (2**12, 2**16, 2**19, 2**22, 2**25)  # read and written by one pass of one device
 WIRE_BYTES = (2**12, 2**20)  # a device's operand
 LEAST_FLOPS, MOST_REPEATS = 5e7, 16  # of one device in one measured call; independent operations in it
 CALLS = 3  # of the same, one after another
-MOST_BYTES = 2**25  # of the arrays of one probe, all devices together, but for one of too large a size
+MOST_BYTES = 2**24  # of the arrays of one probe, all devices together, but for one of too large a size
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def probes(sizes: Sequence[Size], sent: Iterable[tuple[str, int]], devices: Sequ
     for size in sizes:
         made["product", size] = _product(mesh, size, min(max(round(LEAST_FLOPS / size.flops), 1), MOST_REPEATS))
     for size in PASS_BYTES:
-        made["pass", size] = _probe(mesh, lambda x: 1.5 * x + 0.5, [(size // 8,)], MOST_REPEATS)
+        made["pass", size] = _probe(mesh, lambda x: 0.5 * x + 0.5, [(size // 8,)], MOST_REPEATS, in_place=True)
     for kind, group in sorted(set(sent)):
         grouped = jax.make_mesh((len(devices) // group, group), ("rest", "group"), devices=devices)
         for size in WIRE_BYTES:
@@ -118,7 +117,7 @@ def measured_kind(entry: Entry) -> str:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured, seconds of one execution on all devices at once."""
+    """Medians of what was measured, seconds of one execution on all devices at once."""
 
     product: dict[Size, float]
     passes: dict[int, float]
@@ -174,11 +173,11 @@ class Rates:
 
 
 def rates(seconds: dict[tuple, list[float]], made: dict[tuple, Probe]) -> Rates:
-    """Means of the timed calls of `probes`, less that of the call without work."""
-    call = statistics.fmean(seconds["call",])
+    """Medians of the timed calls of `probes`, less that of the call without work."""
+    call = statistics.median(seconds["call",])
 
     def one(name):
-        return max(statistics.fmean(seconds[name]) - call, 1e-7) / made[name].repeats
+        return max(statistics.median(seconds[name]) - call, 1e-7) / made[name].repeats
 
     return Rates(
         {name[1]: one(name) for name in made if name[0] == "product"},
@@ -208,19 +207,29 @@ def _product(mesh, size, repeats):
     return _probe(mesh, grouped, shapes, repeats, each=3)
 
 
-def _probe(mesh, function, shapes, repeats, each=1):
+def _probe(mesh, function, shapes, repeats, each=1, in_place=False):
     """At most `repeats` independent calls of `function` on every device, each on float32 arrays of its own of these shapes; what is timed
-    is run `each` times by one."""
+    is run `each` times by one. With `in_place` results take the place of the arrays: a step's memory is used again and again, and touching
+    new pages is no part of a pass."""
     axes = tuple(mesh.axis_names)
     once = 4 * mesh.size * sum(math.prod(shape) for shape in shapes)
     repeats = min(repeats, max(MOST_BYTES // once, 1))
 
     def body(*arrays):
-        own = [array[0] for array in arrays]
-        results = [function(*(array[i] for array in own)) for i in range(repeats)]
+        results = [function(*(array[0] for array in own)) for own in arrays]
         return jax.tree.map(lambda result: result[None], results)
 
-    sharded = [(math.prod(mesh.devices.shape), repeats, *shape) for shape in shapes]
-    run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(axes), out_specs=P(axes)))
-    arrays = [jax.device_put(jnp.ones(shape, jnp.float32), NamedSharding(mesh, P(axes))) for shape in sharded]
-    return Probe(lambda: [jax.block_until_ready(run(*arrays)) for _ in range(CALLS)][-1], CALLS * each * repeats)
+    spec = NamedSharding(mesh, P(axes))
+    run = jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=P(axes), out_specs=P(axes)), donate_argnums=range(repeats) if in_place else ()
+    )
+    held = [[jax.device_put(jnp.ones((mesh.size, *shape)), spec) for shape in shapes] for _ in range(repeats)]
+
+    def call():
+        for _ in range(CALLS):
+            results = jax.block_until_ready(run(*held))
+            if in_place:
+                held[:] = [[result] for result in results]
+        return results
+
+    return Probe(call, CALLS * each * repeats)
