@@ -10,6 +10,7 @@ the kernel's search for pages, which takes seconds a step where memory is short.
 import dataclasses
 import math
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -101,17 +102,23 @@ def rows(
 
 
 def timed(calls: dict[Any, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, dict[Any, list[float]]]:
-    """Seconds of each call by the clocks "wall" and "user" (processor time of this process in user mode, over the cores), every repeat calling all in turn."""
+    """Seconds of each call by the clocks "wall" and "user" (this process's processor time outside the kernel, over the cores), every
+    repeat calling all in turn."""
     seconds = {clock: {name: [] for name in calls} for clock in ("wall", "user")}
     for i in range(warmup + repeats):
         for name, call in calls.items():
-            wall, user = time.perf_counter(), os.times().user
+            wall, user = time.perf_counter(), _user_time()
             jax.block_until_ready(call())
-            wall, user = time.perf_counter() - wall, (time.process_time() - processor) / os.cpu_count()
+            wall, user = time.perf_counter() - wall, (_user_time() - user) / os.cpu_count()
             if i >= warmup:
                 seconds["wall"][name].append(wall)
                 seconds["user"][name].append(user)
     return seconds
+
+
+def _user_time():
+    """Seconds, to the nanosecond but for what the kernel took, which is counted in its ticks."""
+    return time.process_time() - resource.getrusage(resource.RUSAGE_SELF).ru_stime
 
 
 def in_order(table: Sequence[dict], apart: float = 1.25, clock: str = "user_") -> list[tuple[str, str]]:
