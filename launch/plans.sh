@@ -3,14 +3,12 @@
 #
 #     bash launch/plans.sh [NAME]...     all of them, or those whose file has NAME in its name
 #
-# The depths tpu and gpu compile for chips that are not here; their compilers are installed (libtpu, and JAX's CUDA plugin).
+# At depth jaxpr, so that nothing is compiled: a minute or two each. docs/plans/memory.md has what the compilers say of some of them.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-ensure_venv dev,tpu
-ensure_gpu_compiler
-export PYTHONPATH="$gpu_compiler${PYTHONPATH:+:$PYTHONPATH}"
+ensure_venv ""
 cd "$root"
 mkdir -p docs/plans
 
@@ -39,17 +37,17 @@ plan() {
 only=("$@")
 published=configs/published
 again=model.moe.remat_exchange=True # the exchange is repeated in the backward pass, and what arrived is not kept
-plan mixtral_8x7b-v5p-4x4x4 --config=$published/mixtral_8x7b.py:v5p-64 --topology=v5p:4x4x4 --depth=tpu
-plan deepseek_v3-v5p-8x8x8 --topology=v5p:8x8x8 --depth=tpu \
+plan mixtral_8x7b-v5p-4x4x4 --config=$published/mixtral_8x7b.py:v5p-64 --topology=v5p:4x4x4
+plan deepseek_v3-v5p-8x8x8 --topology=v5p:8x8x8 \
   --config=$published/deepseek_v3.py:v5p-64,mesh.fsdp=16,mesh.expert=32,data.batch_size=2048,train.accumulation=4,$again
-plan deepseek_v3-h100-32x8 --topology=h100:32x8 --depth=gpu \
+plan deepseek_v3-h100-32x8 --topology=h100:32x8 \
   --config=$published/deepseek_v3.py:h100-64,mesh.fsdp=32,mesh.expert=8,data.batch_size=256,$again
-plan deepseek_v3-h100-32x8-short --topology=h100:32x8 --depth=gpu \
+plan deepseek_v3-h100-32x8-short --topology=h100:32x8 \
   --config=$published/deepseek_v3.py:h100-64,mesh.fsdp=32,mesh.expert=8,data.batch_size=256,data.seq_len=2048,$again
-plan qwen3_30b_a3b-v6e-4x4 --topology=v6e:4x4 --depth=tpu \
+plan qwen3_30b_a3b-v6e-4x4 --topology=v6e:4x4 \
   --config=$published/qwen3_30b_a3b.py:v5p-64,mesh.fsdp=2,mesh.expert=8,data.batch_size=16,$again
-plan qwen3_30b_a3b-v6e-8x8 --topology=v6e:8x8 --depth=tpu \
+plan qwen3_30b_a3b-v6e-8x8 --topology=v6e:8x8 \
   --config=$published/qwen3_30b_a3b.py:v5p-64,data.batch_size=64,$again
-plan gpt_oss_120b-h100-8 --topology=h100:8 --depth=gpu \
+plan gpt_oss_120b-h100-8 --topology=h100:8 \
   --config=$published/gpt_oss_120b.py:h100-64,mesh.fsdp=1,mesh.expert=8,data.batch_size=8,$again
-plan gpt_oss_120b-h100-8x8 --topology=h100:8x8 --depth=gpu --config=$published/gpt_oss_120b.py:h100-64,data.batch_size=64,$again
+plan gpt_oss_120b-h100-8x8 --topology=h100:8x8 --config=$published/gpt_oss_120b.py:h100-64,data.batch_size=64,$again
