@@ -53,5 +53,8 @@ setup(
         "serve": ["jinja2>=3.1.6", "prometheus-client", "starlette", "uvicorn"],
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        # the compiler for GPUs that are not there, of jax's own version and without NVIDIA's libraries; where it is installed and cuDNN is
+        # not, a program without JAX_PLATFORMS=cpu reports that at its start: launch/test.sh keeps it out of .venv
+        "gpu-compiler": ["jax[cuda13-local]"],
     },
 )

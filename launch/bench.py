@@ -8,6 +8,7 @@
     python -m launch.bench inference --out=bench --peer=transformers
     python -m launch.bench expert_path --out=bench
     python -m launch.bench observe --out=bench --config=configs/quickstart.py
+    python -m launch.bench plan --out=bench
 
 `inference` draws DIR/inference.png too and says in sentences what the numbers mean; beside a peer it writes DIR/inference_PEER.json.
 
@@ -31,6 +32,7 @@ from moe_jax.analysis import (
     bench_moe,
     bench_observe,
     bench_peer,
+    bench_plan,
     bench_train,
 )
 from moe_jax.analysis.figure import make_figure
@@ -47,6 +49,7 @@ BENCHMARKS = {
     "inference": lambda: bench_inference_peer.rows(REPEATS.value) if PEER.value else inference(),
     "moe": lambda: bench_moe.rows(repeats=REPEATS.value),
     "observe": lambda: bench_observe.rows(cli.read_config(CONFIG), REPEATS.value),
+    "plan": lambda: bench_plan.rows(REPEATS.value),
     "train": lambda: bench_peer.rows(REPEATS.value) if PEER.value else bench_train.rows(cli.read_config(CONFIG), REPEATS.value),
 }
 OUT = flags.DEFINE_string("out", "bench", "Folder for NAME.json.")

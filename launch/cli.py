@@ -25,7 +25,8 @@ flags.disclaim_key_flags()  # a flag defined here belongs to the program that as
 
 
 def run(main: Callable[..., None], argument: str | None = None, *, computes: bool = True) -> None:
-    """Parses the flags and runs `main`, with the positional arguments that `argument` names: "NAME", "A B", or "RUN..." for one or more.
+    """Parses the flags and runs `main`, with the positional arguments that `argument` names: "NAME", "A B", "RUN..." for one or more, or
+    "[NAME]" for one that may be left out.
 
     What the package refuses is one sentence on stderr and exit status 2; `--v=1` shows the traceback and other libraries' logs too.
     A run that was told to stop and has saved its step exits with `preemption.EXIT_STATUS`. XLA is asked for what `mesh.xla_flags` of the
@@ -39,7 +40,7 @@ def run(main: Callable[..., None], argument: str | None = None, *, computes: boo
         names = (argument or "").split()
         if len(argv) > 1 + len(names) and not (names and names[-1].endswith("...")):
             raise app.UsageError(f"unexpected argument {argv[1 + len(names)]!r}; options are written --name=value.")
-        if len(argv) < 1 + len(names):
+        if len(argv) < 1 + len(names) and not names[len(argv) - 1].startswith("["):
             raise app.UsageError(f"{names[len(argv) - 1].removesuffix('...')} is missing.")
         sys.stdout.reconfigure(line_buffering=True)  # into a file too, in order with stderr
         _set_up_logging()

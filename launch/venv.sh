@@ -69,6 +69,22 @@ ensure_venv() {
   printf '%s\n' "$wanted" >"$stamp"
 }
 
+# JAX's CUDA plugin, which compiles for GPUs that are not there, in a folder of its own for PYTHONPATH: it is of the installed jaxlib's
+# version whatever that is, and a program that finds it without cuDNN, and was not told JAX_PLATFORMS=cpu, starts with a traceback.
+ensure_gpu_compiler() {
+  local version
+  version="$("$python" -c 'import jaxlib; print(jaxlib.__version__)')"
+  gpu_compiler="$venv/gpu-compiler-$version"
+  if [ -d "$gpu_compiler" ]; then
+    return
+  fi
+  say "installing JAX's CUDA plugin $version into $gpu_compiler (once; 1 GB, no GPU needed)"
+  rm -rf "$gpu_compiler.part"
+  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$gpu_compiler.part" \
+    "jax-cuda13-plugin==$version" "jax-cuda13-pjrt==$version" || fail "pip could not install the plugin; its message is above."
+  mv "$gpu_compiler.part" "$gpu_compiler"
+}
+
 # Chromium and its driver, found or, as root where apt-get is, installed.
 ensure_browser() {
   have_browser && return

@@ -5,7 +5,7 @@ Parameters are counted off the model's own arrays, which are shapes only (`jax.e
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import jax
@@ -43,23 +43,28 @@ def describe(name: str, config: Config) -> str:
     Raises:
       ConfigError: a vocabulary that only a file tells, or as `mesh.abstract_mesh`.
     """
-    if not config.model.vocab_size:
-        config = _with_vocabulary(config)
+    config = with_known_vocabulary(config)
     mesh = abstract_mesh(config, math.prod(size for size in config.mesh.shape if size > 0))  # -1 counts as 1
     params = abstract_params(config, mesh)
     sections = [
         _architecture(name, config),
-        _table("parameters", _parameter_rows(parts_of(params), num_params(config.model))),
-        _table("a token", [*_compute_rows(config), *_cache_rows(config)]),
-        _table("at rest", _memory_rows(params, mesh)),
+        table("parameters", _parameter_rows(parts_of(params), num_params(config.model))),
+        table("a token", [*_compute_rows(config), *_cache_rows(config)]),
+        table("at rest", _memory_rows(params, mesh)),
     ]
     if config.model.num_moe_layers and make_router(config.model.moe.router, config.model.moe.num_experts).causal:
-        sections.append(_table("all-to-all of a token in one MoE layer, forward, there and back", _wire_rows(config)))
+        sections.append(table("all-to-all of a token in one MoE layer, forward, there and back", _wire_rows(config)))
     return "\n\n".join(sections)
 
 
-def _with_vocabulary(config):
-    """The config with the size of its tokenizer; of one that is trained, the most that it can have."""
+def with_known_vocabulary(config: Config) -> Config:
+    """The config with the size of its tokenizer; of one that is trained, the most that it can have.
+
+    Raises:
+      ConfigError: a tokenizer whose size only a file tells.
+    """
+    if config.model.vocab_size:
+        return config
     sizes = {Bytes.kind: Bytes.vocab_size, "bpe": config.data.bpe_vocab_size}
     if (tokenizer := config.data.tokenizer) not in sizes:
         raise ConfigError(
@@ -172,8 +177,8 @@ def _compute_rows(config):
     length = config.data.seq_len
     flops, alone = flops_per_token(config.model, length), flops_per_token(config.model, 1)
     return [
-        (f"FLOPs forward, in {length:,} tokens", _show(flops, 1000), f"{1 - alone / flops:.1%} of them over the context"),
-        ("FLOPs of a training step", _show(3 * flops, 1000), WITHOUT_MTP * config.model.mtp_layers),
+        (f"FLOPs forward, in {length:,} tokens", show(flops, 1000), f"{1 - alone / flops:.1%} of them over the context"),
+        ("FLOPs of a training step", show(3 * flops, 1000), WITHOUT_MTP * config.model.mtp_layers),
     ]
 
 
@@ -184,13 +189,13 @@ def _cache_rows(config):
         (
             f"key/value cache in {dtype}",
             f"{size.growth * each:,} B",
-            f"{_show(size.values(length) * each)} after {length:,} tokens",
+            f"{show(size.values(length) * each)} after {length:,} tokens",
         )
     ]
     if size.window_growth:
         bound = size.window_growth * size.window * each
         rows.append(
-            ("  in layers with a window", f"{size.window_growth * each:,} B", f"until {size.window:,} tokens, {_show(bound)}")
+            ("  in layers with a window", f"{size.window_growth * each:,} B", f"until {size.window:,} tokens, {show(bound)}")
         )
     return rows
 
@@ -198,12 +203,12 @@ def _cache_rows(config):
 def _memory_rows(params, mesh):
     total = sum(array.size for array in params.values())
     extra = "with the layer that predicts one token more" * any("mtp" in name for name in params)
-    rows = [(f"parameters in {dtype}", _show(total * size), extra) for dtype, size in AT_REST.items()]
-    rows.append(("with AdamW, all in float32", _show(total * ADAMW), ""))
+    rows = [(f"parameters in {dtype}", show(total * size), extra) for dtype, size in AT_REST.items()]
+    rows.append(("with AdamW, all in float32", show(total * ADAMW), ""))
     if mesh.size > 1:
         own = sum(math.prod(array.sharding.shard_shape(array.shape)) for array in params.values())
         over = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-        rows.append((f"with AdamW, on each of {mesh.size} devices", _show(own * ADAMW), over))
+        rows.append((f"with AdamW, on each of {mesh.size} devices", show(own * ADAMW), over))
     return rows
 
 
@@ -214,21 +219,22 @@ def _wire_rows(config):
     every = [own] if own else [{"expert": n} for n in EXAMPLES if moe.num_experts % n == 0]
     every_choice = moe.router.top_k * row_bytes(wire, model.d_model, 0)
     rows = [
-        (f"{moe.router.top_k} rows, {wire.dispatch} out and {wire.combine} home", _show(every_choice), "if all of them leave")
+        (f"{moe.router.top_k} rows, {wire.dispatch} out and {wire.combine} home", show(every_choice), "if all of them leave")
     ]
     return rows + [
-        (f"over {axis} {sizes[axis]}", _show(size), f"{count:.2f} rows")
+        (f"over {axis} {sizes[axis]}", show(size), f"{count:.2f} rows")
         for sizes in every
         for axis, count, size in travels(model, sizes)
     ]
 
 
-def _table(title, rows):
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+def table(title: str, rows: Sequence[tuple[str, str, str]]) -> str:
+    """Rows of a name, a figure and a note under a title; a row with a name alone is a sentence."""
+    widths = [max((len(row[i]) for row in rows if row[1]), default=0) for i in range(2)]
     return "\n".join([title, *(f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows)])
 
 
-def _show(number, thousand=1024):
+def show(number: float, thousand: int = 1024) -> str:
     """Bytes, or with `thousand` 1000 a plain number, in the largest unit of which there is one."""
     units = ("B", "KiB", "MiB", "GiB", "TiB") if thousand == 1024 else ("", "K", "M", "G", "T")
     power = min(max(math.floor(math.log(max(number, 1), thousand)), 0), len(units) - 1)

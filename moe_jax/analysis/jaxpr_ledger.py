@@ -1,14 +1,15 @@
 """The communication ledger of a traced function: the collectives written inside `shard_map`, as they were asked for.
 
-What the partitioner adds for arrays with Explicit shardings is not in a jaxpr; `ledger.ledger` reads that from the program.
+What the partitioner adds for arrays with Explicit shardings is not in a jaxpr; `ledger.ledger` reads that from the program,
+`moe_jax.plan.traffic` infers it.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from moe_jax.analysis.ledger import Branch, Entry, Sizes, wire_bytes
 
@@ -55,8 +56,8 @@ def _walk(jaxpr, sizes, serial, loops, path, branch) -> Iterator[Entry]:
         name = "/".join(filter(None, [path, stack, primitive]))
         inside = [_jaxpr(value) for value in _leaves(equation.params) if _jaxpr(value) is not None]
         enter = functools.partial(_walk, sizes=sizes, serial=serial, path=name)
-        if _is_collective(equation, sizes):
-            yield from _entries(equation, sizes, loops, name, branch)
+        if is_collective(equation, sizes):
+            yield from entries_of(equation, sizes, loops, name, branch)
         elif primitive == "scan":
             yield from enter(inside[0], loops=(*loops, equation.params["length"]), branch=branch)
         elif primitive == "while":
@@ -71,7 +72,10 @@ def _walk(jaxpr, sizes, serial, loops, path, branch) -> Iterator[Entry]:
                 yield from enter(body, loops=loops, branch=branch)
 
 
-def _entries(equation, sizes, loops, name, branch) -> Iterator[Entry]:
+def entries_of(
+    equation: JaxprEqn, sizes: Mapping[str, int], loops: tuple[int, ...], name: str, branch: tuple[Branch, ...]
+) -> Iterator[Entry]:
+    """An entry for each array of one collective. Raises ValueError for one over parts of an axis."""
     kind, params = _KINDS[equation.primitive.name.removesuffix("_start")], equation.params
     if params.get("axis_index_groups") is not None:
         raise ValueError(
@@ -87,8 +91,8 @@ def _entries(equation, sizes, loops, name, branch) -> Iterator[Entry]:
         yield Entry(kind, axes, operand.aval.dtype.name, wire_bytes(kind, size, group), loops, name, branch, bounded)
 
 
-def _is_collective(equation, sizes) -> bool:
-    """Raises ValueError for what names a mesh axis and is neither a known collective nor known to be silent."""
+def is_collective(equation: JaxprEqn, sizes: Mapping[str, int]) -> bool:
+    """Whether it is a collective. Raises ValueError for what names a mesh axis and is neither one that is known nor known to be silent."""
     primitive = equation.primitive.name
     if primitive.removesuffix("_start") in _KINDS:
         return True

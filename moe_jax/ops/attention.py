@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import ConfigError
+from moe_jax.mesh import target_platform
 from moe_jax.ops.attention_blocks import attend_in_blocks
 from moe_jax.ops.varying import vary_alike
 
@@ -88,6 +89,11 @@ def _attend(q_BSHN, k_BSGN, v_BSGM, sees_BST, sink_H, window, scale, softcap):
     return jnp.swapaxes(y_XRSM.reshape(B, H, S, -1), 1, 2)
 
 
+def _platform():
+    target = target_platform()
+    return f"{target}, and none is here" if target == "gpu" != jax.default_backend() else target
+
+
 def choose_implementation(
     implementation: str,
     dtype: jnp.dtype,
@@ -104,7 +110,8 @@ def choose_implementation(
       implementation: "xla", "cudnn" or "auto".
       dtype: of queries, keys and values.
       head_dim: width of queries and keys.
-      platform: where it is to run; None means JAX's default backend.
+      platform: where it is to run; None means what the ambient mesh is made of. A program for a GPU that is not here, which can only
+        be traced and compiled, gets XLA's: without a GPU there is no cuDNN, and JAX traces nothing for it.
       v_head_dim: width of values; None means `head_dim`.
       softcap: as in `attention`.
       sinks: whether there are sinks.
@@ -112,7 +119,7 @@ def choose_implementation(
     Raises:
       ConfigError: "cudnn" was asked for where it cannot run, or the name is unknown.
     """
-    platform = platform or jax.default_backend()
+    platform = platform or _platform()
     dtype, v_head_dim = jnp.dtype(dtype).name, v_head_dim or head_dim
     obstacles = {
         f"the platform is {platform!r}": platform not in ("gpu", "cuda"),

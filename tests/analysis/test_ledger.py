@@ -175,7 +175,7 @@ def test_the_ragged_exchange_is_a_bound():
 @pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "tpu7x:2x2x1"])
 def test_programs_for_tpus(name):
     """Three habits of XLA:TPU: synchronous and fused collectives, collectives on another thread, loops without trip counts."""
-    mesh = mesh_of(topology.tpu_devices(name)[:8])
+    mesh = mesh_of(topology.devices(name)[:8])
     traced = lower(every_kind, mesh, shape=(8 * 512, 512))
     scale = 512 * 512 / (ROWS * WIDTH)
     for entries in (ledger(traced.lower().compile(), mesh), ledger_of_jaxpr(traced.jaxpr, mesh)):

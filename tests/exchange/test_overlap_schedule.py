@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+import topology as topologies
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from topology import tpu_devices
 from tpu_schedule import Pair, Schedule
 
 from moe_jax.config import ModelConfig, MoEConfig, RouterConfig
@@ -95,7 +95,7 @@ def ragged(x_TD, rows_n):
 
 
 def mesh_of_tpus(name):
-    devices = tpu_devices(name)
+    devices = topologies.devices(name)
     axis_types = (AxisType.Explicit,) * len(AXES)
     return jax.make_mesh((1, 1, 1, len(devices), 1), AXES, axis_types=axis_types, devices=devices)
 

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import topology as topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerance import assert_close
-from topology import described_mesh, tpu_devices
+from topology import described_mesh
 
 from moe_jax.exchange.ragged_all_to_all import RaggedPlan, plan_ragged, ragged_all_to_all, reverse
 
@@ -295,7 +296,7 @@ def test_lowers_to_the_primitive(platform, calls, names):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x4", "v5e:2x4"])
 def test_compiles_for_a_tpu(topology, dtype):
-    devices = tpu_devices(topology)
+    devices = topologies.devices(topology)
     shape = (2, len(devices) // 2)
     mesh = jax.make_mesh(shape, ("expert_outer", "expert"), axis_types=(AxisType.Explicit,) * 2, devices=devices)
     names, n = ("expert_outer", "expert"), len(devices)

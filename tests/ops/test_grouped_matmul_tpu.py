@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import topology as topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from topology import described_mesh, tpu_devices
+from topology import described_mesh
 
 from moe_jax.ops.grouped_matmul import grouped_matmul
 from moe_jax.ops.grouped_matmul_tpu import Tiles, choose_tiles, visits
@@ -73,7 +74,7 @@ def test_lowers_for_tpu_inside_shard_map_as_three_kernels_and_no_dense_product(d
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_a_real_tpu(topology, dtype):
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2, devices=tpu_devices(topology))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2, devices=topologies.devices(topology))
     with jax.set_mesh(mesh):
         compiled = _lower(mesh, dtype).compile()
     text = compiled.as_text()

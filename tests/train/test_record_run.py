@@ -8,6 +8,7 @@ import pytest
 import tiny_run
 
 from moe_jax.config import ConfigError
+from moe_jax.plan import load
 from moe_jax.train import loop
 from moe_jax.train.routing_log import RecordError, RoutingLog
 
@@ -48,6 +49,18 @@ def test_every_step_stands_once_with_the_loads_it_had(folder):
         choice_BSLM = log.read(f"train/{line['step']}").choice_BSLM
         load_E = np.bincount(choice_BSLM[:, :, 0].ravel(), minlength=9)[:8]
         np.testing.assert_array_equal([load_E], line["router/load"])
+
+
+def test_a_plan_reads_the_loads_of_the_run(folder):
+    """Whatever the mesh that is planned for, its devices together get the loads that training told."""
+    made = tiny_run.config(folder, "straight")
+    told = np.array([line["router/load"] for line in tiny_run.metrics(folder / "straight")])
+    for sizes in ({"data": 2, "expert": 2}, {"data": 1, "expert": 4}):
+        routed = load.from_record(folder / "straight.rec", made, {"expert_outer": 1, "fsdp": 1, "tensor": 1, **sizes})
+        by_microbatch_NLE = routed.rows_NLGPE.sum(axis=(2, 3))
+        count = made.train.accumulation
+        by_step_SLE = by_microbatch_NLE.reshape(-1, count, *by_microbatch_NLE.shape[1:]).sum(axis=1)
+        np.testing.assert_array_equal(by_step_SLE[1::2], told)  # every other step is logged
 
 
 def test_a_replayed_run_is_the_recorded_one_to_the_bit(folder):

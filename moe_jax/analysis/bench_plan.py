@@ -1,0 +1,191 @@
+"""Predicted against measured time of whole train steps on emulated devices: three models on three meshes.
+
+The machine's roofline (`plan_calibration`) is measured in the same rounds as the steps, in turn with them. A prediction is the reading
+"none" of `plan.roofline`: devices that share cores overlap nothing. Everything is timed by two clocks: the wall's, and this
+process's processor time in user mode over the machine's cores, which is what the wall would show were the cores this process's own, all
+busy, and its memory at hand. Where others use the machine too the second compares like with like: it leaves out waiting for cores, and
+the kernel's search for pages, which takes seconds a step where memory is short.
+"""
+
+import dataclasses
+import math
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.analysis import plan_calibration
+from moe_jax.analysis.bench_train import stepper
+from moe_jax.analysis.devices import start_with
+from moe_jax.analysis.ledger import Entry
+from moe_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, RouterConfig, TrainConfig
+from moe_jax.mesh import make_mesh, shard_batch
+from moe_jax.plan import program, roofline, topology, work
+from moe_jax.plan.traffic import collectives as all_collectives
+
+DEVICES = 8
+MESHES = {
+    "data 8": MeshConfig(data=8),
+    "data 2 expert 4": MeshConfig(data=2, expert=4),
+    "fsdp 4 tensor 2": MeshConfig(data=1, fsdp=4, tensor=2),
+}
+DATA = DataConfig(seq_len=128, batch_size=16)
+
+
+def models() -> dict[str, ModelConfig]:
+    """The three models by name: no experts, few wide ones, many narrow ones."""
+    attention = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32)
+    dense = ModelConfig(vocab_size=2048, d_model=256, num_layers=2, d_ff=1024, attention=attention, remat="none")
+    dense = dataclasses.replace(dense, moe=MoEConfig(num_experts=0))
+
+    def with_experts(number, width, top_k):
+        moe = MoEConfig(number, width, num_shared_experts=0, router=RouterConfig("mixtral", top_k))
+        return dataclasses.replace(dense, moe=moe)
+
+    return {"dense": dense, "8 experts, 2 a token": with_experts(8, 512, 2), "32 experts, 4 a token": with_experts(32, 256, 4)}
+
+
+def configs() -> dict[str, Config]:
+    """The nine steps by "model / mesh"."""
+    return {
+        f"{model} / {mesh}": Config(model=m, mesh=shape, data=DATA, train=TrainConfig(observe=False))
+        for model, m in models().items()
+        for mesh, shape in MESHES.items()
+    }
+
+
+def rows(
+    repeats: int,
+    collectives: Callable[[program.Step], Sequence[Entry]] = all_collectives,
+    made_of: dict[str, Config] | None = None,
+) -> dict[str, list[dict]]:
+    """One table of the steps, one of the machine.
+
+    Keys of a step: model, mesh, predicted_ms, measured_ms (median, and `_min`, `_max`), ratio (predicted over measured), the same three by
+    processor time (`user_`), and what its prediction is made of: matrix_ms, memory_ms (beyond the products'), network_ms. The
+    machine's rates are by processor time too.
+
+    Args:
+      repeats: rounds, in each of which every step and every part of the calibration runs once.
+      collectives: every collective of a step.
+      made_of: what to measure, by "model / mesh"; the nine of this module by default.
+    """
+    start_with(DEVICES)
+    made_of = made_of or configs()
+    where = topology.parse(f"cpu:{DEVICES}")
+    traced = {name: program.trace(config, topology.abstract_mesh(config, where)) for name, config in made_of.items()}
+    wanted = {size for step in traced.values() for size in plan_calibration.sizes_that_matter(work.products(step))}
+    sent = {name: list(collectives(step)) for name, step in traced.items()}
+    kinds = {
+        (plan_calibration.measured_kind(entry), math.prod(traced[name].mesh.shape[axis] for axis in entry.axes))
+        for name, entries in sent.items()
+        for entry in entries
+    }
+    made = plan_calibration.probes(sorted(wanted, key=str), kinds, jax.devices())
+    calls = {**{name: probe.call for name, probe in made.items()}, **{("step", n): _step(c) for n, c in made_of.items()}}
+    by_clock = timed(calls, repeats)
+    rates = {clock: plan_calibration.rates(seconds, made) for clock, seconds in by_clock.items()}
+    table = []
+    for name, step in traced.items():
+        sizes = dict(step.mesh.shape)
+        predicted = {
+            clock: roofline.predict(step, where, sent[name], overlap="none", machine=of_clock.machine(sizes))
+            for clock, of_clock in rates.items()
+        }
+        table.append(step_row(name, predicted, {clock: seconds["step", name] for clock, seconds in by_clock.items()}))
+    return {"steps": table, "machine": _machine_rows(rates["user"])}
+
+
+def timed(calls: dict[Any, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, dict[Any, list[float]]]:
+    """Seconds of each call by the clocks "wall" and "user" (this process's processor time outside the kernel, over the cores), every
+    repeat calling all in turn."""
+    seconds = {clock: {name: [] for name in calls} for clock in ("wall", "user")}
+    for i in range(warmup + repeats):
+        for name, call in calls.items():
+            wall, user = time.perf_counter(), _user_time()
+            jax.block_until_ready(call())
+            wall, user = time.perf_counter() - wall, (_user_time() - user) / os.cpu_count()
+            if i >= warmup:
+                seconds["wall"][name].append(wall)
+                seconds["user"][name].append(user)
+    return seconds
+
+
+def _user_time():
+    """Seconds, to the nanosecond but for what the kernel took, which is counted in its ticks."""
+    return time.process_time() - resource.getrusage(resource.RUSAGE_SELF).ru_stime
+
+
+def in_order(table: Sequence[dict], apart: float = 1.25, clock: str = "user_") -> list[tuple[str, str]]:
+    """Pairs of steps of which the slower is predicted to be the faster, of those measured at least `apart` times as long; by the wall's
+    clock where `clock` is empty."""
+    return [
+        (f"{a['model']} / {a['mesh']}", f"{b['model']} / {b['mesh']}")
+        for a in table
+        for b in table
+        if a[f"{clock}measured_ms"] > apart * b[f"{clock}measured_ms"]
+        and a[f"{clock}predicted_ms"] <= b[f"{clock}predicted_ms"]
+    ]
+
+
+def _step(config):
+    """A function that takes one more step of `config` on random tokens."""
+    mesh = make_mesh(config)
+    rng, shape = np.random.default_rng(0), (config.data.batch_size, config.data.seq_len)
+    tokens = rng.integers(0, config.model.vocab_size, (2, *shape)).astype(np.int32)
+    ones, places = np.ones(shape, np.int32), np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    batch = {"tokens": tokens[0], "targets": tokens[1], "segment_ids": ones, "positions": places}
+    batch["loss_weights"] = ones.astype(np.float32)
+    with jax.set_mesh(mesh):
+        one_step = stepper(config, shard_batch(mesh, batch))
+
+    def call():
+        with jax.set_mesh(mesh):
+            return one_step()
+
+    return call
+
+
+def step_row(name: str, predicted: dict[str, roofline.Prediction], seconds: dict[str, Sequence[float]]) -> dict:
+    """The row of the step "model / mesh" by what was predicted and measured by each clock."""
+    model, mesh = name.split(" / ")
+    row = {"model": model, "mesh": mesh}
+    for clock, prefix in (("wall", ""), ("user", "user_")):
+        measured = statistics.median(seconds[clock])
+        row[f"{prefix}predicted_ms"] = 1e3 * predicted[clock].seconds
+        row[f"{prefix}measured_ms"] = 1e3 * measured
+        if clock == "wall":
+            row |= {"measured_ms_min": 1e3 * min(seconds[clock]), "measured_ms_max": 1e3 * max(seconds[clock])}
+        row[f"{prefix}ratio"] = predicted[clock].seconds / measured
+    parts, network = predicted["user"].parts.values(), predicted["user"].network.values()
+    matrix = sum(part.matrix for part in parts)
+    memory = sum(part.seconds for part in parts) - matrix
+    return row | {"matrix_ms": 1e3 * matrix, "memory_ms": 1e3 * memory, "network_ms": 1e3 * sum(network)}
+
+
+def _machine_rows(rates):
+    """The calibration, one row a probe, in GFLOP/s or GB/s of all devices together."""
+    count = jax.device_count()
+    products = [
+        {
+            "probe": f"{'grouped ' * s.grouped}{s.batch} x [{s.rows}, {s.terms}] [{s.terms}, {s.columns}]",
+            "microseconds": 1e6 * t,
+            "rate": count * s.flops / t / 1e9,
+            "unit": "GFLOP/s",
+        }
+        for s, t in rates.product.items()
+    ]
+    passes = [
+        {"probe": f"pass over {size:,} bytes", "microseconds": 1e6 * t, "rate": count * size / t / 1e9, "unit": "GB/s"}
+        for size, t in rates.passes.items()
+    ]
+    sent = [
+        {"probe": f"{kind} of {group}, {size:,} bytes", "microseconds": 1e6 * t, "rate": count * size / t / 1e9, "unit": "GB/s"}
+        for (kind, group, size), t in rates.collective.items()
+    ]
+    return products + passes + sent
