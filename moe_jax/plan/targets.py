@@ -84,7 +84,7 @@ def verdict(step: program.Step, topology: Topology, *, quick: bool = False) -> V
     Args:
       step: as `program.trace` makes it.
       topology: the devices.
-      quick: spares a TPU's compiler part of its effort; same collectives, about the same bytes.
+      quick: spares a TPU's compiler part of its effort, with the same collectives.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.

@@ -15,8 +15,10 @@ from moe_jax.plan.memory import DOUBT
 def test_the_estimate_is_close_to_the_compilers(name):
     topologies.devices(cases.PAIRS[name].topology)
     ours, theirs = cases.predicted(cases.PAIRS[name]), cases.compiled(cases.PAIRS[name])
-    assert not theirs.refusal
-    assert ours.total == pytest.approx(theirs.peak, rel=DOUBT)
+    if theirs.refusal:
+        assert ours.total > (1 - DOUBT) * theirs.memory
+    else:
+        assert ours.total == pytest.approx(theirs.peak, rel=DOUBT)
 
 
 @pytest.mark.matrix
@@ -33,4 +35,4 @@ def test_meshes_are_in_the_compilers_order():
 @functools.cache
 def of_compiler(name):
     found = cases.compiled(cases.MESHES[name], quick=True)
-    return found.peak or found.total
+    return found.peak or max(found.total, found.memory)
