@@ -1,10 +1,10 @@
 """Predicted against measured time of whole train steps on emulated devices: three models on three meshes.
 
-The machine's roofline (`plan_calibration`) is measured in the same rounds as the steps, in turn with them, for each model anew. A prediction is the reading
-"none" of `plan.roofline`: devices that share cores overlap nothing. Everything is timed by two clocks: the wall's, and this
-process's processor time in user mode over the machine's cores, which is what the wall would show were the cores this process's own, all
-busy, and its memory at hand. Where others use the machine too the second compares like with like: it leaves out waiting for cores, and
-the kernel's search for pages, which takes seconds a step where memory is short.
+The machine's roofline (`plan_calibration`) is measured in the same rounds as the steps, in turn with them, for each model anew. A
+prediction is the reading "none" of `plan.roofline`: devices that share cores overlap nothing. Everything is timed by two clocks: the
+wall's, and this process's processor time in user mode over the machine's cores, which is what the wall would show were the cores this
+process's own, all busy, and its memory at hand. Where others use the machine too the second compares like with like: it leaves out
+waiting for cores, and the kernel's search for pages, which takes seconds a step where memory is short.
 """
 
 import dataclasses
