@@ -1,10 +1,10 @@
 """Predicted against measured time of whole train steps on emulated devices: three models on three meshes.
 
-The machine's roofline (`plan_calibration`) is measured in the same rounds as the steps, in turn with them. A prediction is the reading
-"none" of `plan.roofline`: devices that share cores overlap nothing. Everything is timed by two clocks: the wall's, and this
-process's processor time in user mode over the machine's cores, which is what the wall would show were the cores this process's own, all
-busy, and its memory at hand. Where others use the machine too the second compares like with like: it leaves out waiting for cores, and
-the kernel's search for pages, which takes seconds a step where memory is short.
+The machine's roofline (`plan_calibration`) is measured in the same rounds as the steps, in turn with them, for each model anew. A
+prediction is the reading "none" of `plan.roofline`: devices that share cores overlap nothing. Everything is timed by two clocks: the
+wall's, and this process's processor time in user mode over the machine's cores, which is what the wall would show were the cores this
+process's own, all busy, and its memory at hand. Where others use the machine too the second compares like with like: it leaves out
+waiting for cores, and the kernel's search for pages, which takes seconds a step where memory is short.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def models() -> dict[str, ModelConfig]:
         moe = MoEConfig(number, width, num_shared_experts=0, router=RouterConfig("mixtral", top_k))
         return dataclasses.replace(dense, moe=moe)
 
-    return {"dense": dense, "8 experts, 2 a token": with_experts(8, 512, 2), "32 experts, 4 a token": with_experts(32, 256, 4)}
+    return {"dense": dense, "8 experts, 2 a token": with_experts(8, 512, 2), "16 experts, 4 a token": with_experts(16, 256, 4)}
 
 
 def configs() -> dict[str, Config]:
@@ -77,6 +77,18 @@ def rows(
     """
     start_with(DEVICES)
     made_of = made_of or configs()
+    tables = {"steps": [], "machine": []}
+    for model in dict.fromkeys(name.split(" / ")[0] for name in made_of):
+        own = {name: config for name, config in made_of.items() if name.split(" / ")[0] == model}
+        steps, rates = _measured(own, repeats, collectives)
+        tables["steps"] += steps
+        tables["machine"] += [{"beside": model} | row for row in _machine_rows(rates)]
+        jax.clear_caches()  # else every model's states and programs would stay
+    return tables
+
+
+def _measured(made_of, repeats, collectives):
+    """(rows of these steps, rates of the machine by the clock "user"), all timed in turn."""
     where = topology.parse(f"cpu:{DEVICES}")
     traced = {name: program.trace(config, topology.abstract_mesh(config, where)) for name, config in made_of.items()}
     wanted = {size for step in traced.values() for size in plan_calibration.sizes_that_matter(work.products(step))}
@@ -98,7 +110,7 @@ def rows(
             for clock, of_clock in rates.items()
         }
         table.append(step_row(name, predicted, {clock: seconds["step", name] for clock, seconds in by_clock.items()}))
-    return {"steps": table, "machine": _machine_rows(rates["user"])}
+    return table, rates["user"]
 
 
 def timed(calls: dict[Any, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, dict[Any, list[float]]]:
