@@ -51,3 +51,20 @@ plan qwen3_30b_a3b-v6e-8x8 --topology=v6e:8x8 \
 plan gpt_oss_120b-h100-8 --topology=h100:8 \
   --config=$published/gpt_oss_120b.py:h100-64,mesh.fsdp=1,mesh.expert=8,data.batch_size=8,$again
 plan gpt_oss_120b-h100-8x8 --topology=h100:8x8 --config=$published/gpt_oss_120b.py:h100-64,data.batch_size=64,$again
+
+say "docs/plans/published.md"
+JAX_PLATFORMS=cpu "$python" - >docs/plans/published.md.new <<'PY'
+import runpy
+
+from moe_jax.config import from_dict
+from moe_jax.plan import published, traffic
+
+
+def read(config):
+    file, _, argument = config.partition(":")
+    return from_dict(runpy.run_path(file)["get_config"](argument))
+
+
+print(published.section(read, traffic.collectives).rstrip())
+PY
+mv docs/plans/published.md.new docs/plans/published.md
