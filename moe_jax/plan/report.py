@@ -161,12 +161,16 @@ def _largest(plan, largest):
 
 
 def _verdict_rows(verdict):
+    """The last row is the verdict in words: on a TPU it goes by whether the program compiled, whatever the sum."""
     if verdict.refusal:
         return [(f"does not fit: {verdict.refusal}", "", "")]
-    names = ("arguments", "outputs", "temporaries", "code", "total")
+    names = ("arguments", "outputs", "temporaries", "code")
     rows = [(name, show(getattr(verdict, name)), "") for name in names]
-    word = "fits" if verdict.fits else "does not fit"
-    return [*rows, (f"{word}: {show(verdict.total)} of {show(verdict.memory)}", "", "")]
+    rows.append(("at the worst moment", show(verdict.peak), "without code and gaps"))
+    rows.append(("sum of the first four", show(verdict.total), "more than is there at once"))
+    needed = verdict.peak if verdict.depth == "tpu" else verdict.total
+    word = ("compiles, and so fits" if verdict.depth == "tpu" else "fits") if verdict.fits else "does not fit"
+    return [*rows, (f"{word}: {show(needed)} of {show(verdict.memory)}", "", "")]
 
 
 def _traffic_rows(plan):

@@ -1,5 +1,6 @@
 """A plan put together: what is printed and what is written are the same figures, and they add up."""
 
+import dataclasses
 import json
 
 import pytest
@@ -65,6 +66,25 @@ def test_a_cpu_has_no_memory_of_its_own_and_no_data_sheet():
     assert "time of a step" not in text
     assert "fits" not in text
     assert report.as_json(made, "tiny", "jaxpr")["fits"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("v5e:2x4", {}, "compiles, and so fits: 10.0 GiB of 15.8 GiB"),
+        ("v5e:2x4", {"fits": False, "refusal": "RESOURCE_EXHAUSTED: no room"}, "does not fit: RESOURCE_EXHAUSTED: no room"),
+        ("h100:8", {}, "fits: 19.0 GiB of 74.5 GiB"),
+        ("h100:8", {"fits": False, "total": 80 * 2**30}, "does not fit: 80.0 GiB of 74.5 GiB"),
+    ],
+)
+def test_a_compilers_verdict_in_words(made, name, changes, sentence):
+    """A TPU's goes by whether the program compiled: the sum of its parts may be more than the chip has."""
+    chip, gib = topology.parse(name).chip, 2**30
+    figures = {"arguments": 4 * gib, "outputs": 0, "temporaries": 15 * gib, "code": 0, "peak": 10 * gib, "total": 19 * gib}
+    figures |= {"fits": True, "refusal": "", "memory": chip.memory, "seconds": 1.0, "unknown": (), "compiled": None}
+    verdict = targets.Verdict(depth=chip.platform, **(figures | changes))
+    text = report.text(dataclasses.replace(made, verdict=verdict), "tiny", chip.platform)
+    assert f"\n  {sentence}\n" in text
 
 
 @pytest.mark.parametrize(
