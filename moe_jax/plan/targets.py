@@ -159,7 +159,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     """The devices of a topology, in its order.
 
     Raises:
-      ConfigError: the compiler's package is not installed, or there is none for this platform.
+      ConfigError: the compiler's package is not installed, there is none for this platform, or it has other devices.
     """
     platform = topology.chip.platform
     if platform not in NEEDS:
@@ -169,7 +169,12 @@ def devices(topology: Topology) -> list[jax.Device]:
         raise ConfigError(
             f"--depth={platform} needs {package}: pip install '{requirement}=={jax.__version__}', the version of the jax that is installed."
         )
-    return _tpus(topology) if platform == "tpu" else _gpus(topology)
+    described = _tpus(topology) if platform == "tpu" else _gpus(topology)
+    if len(described) != topology.num_devices:  # libtpu has the two cores of a v4 apart, a v4 itself shows them as one
+        raise ConfigError(
+            f"topology = {topology.text!r} is {topology.num_devices} devices, and its compiler describes {len(described)}; use --depth=jaxpr."
+        )
+    return described
 
 
 def _tpus(topology):
