@@ -172,7 +172,8 @@ def devices(topology: Topology) -> list[jax.Device]:
     described = _tpus(topology) if platform == "tpu" else _gpus(topology)
     if len(described) != topology.num_devices:  # libtpu has the two cores of a v4 apart, a v4 itself shows them as one
         raise ConfigError(
-            f"topology = {topology.text!r} is {topology.num_devices} devices, and its compiler describes {len(described)}; use --depth=jaxpr."
+            f"topology = {topology.text!r} is {topology.num_devices} devices, and its compiler describes {len(described)}; use"
+            " --depth=jaxpr."
         )
     return described
 
