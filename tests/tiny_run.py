@@ -41,6 +41,29 @@ FIELDS = {
     "train.checkpoint_every": 3,
     "train.sample_tokens": 3,
 }
+SWEEP = '''"""Two points."""
+
+import ast
+
+from configs import base
+
+
+def get_config(arg=""):
+    config = base.get_config("debug")
+    config.update_from_flattened_dict(ast.literal_eval({fields!r}))
+    return base.override(config, arg)
+
+
+def sweep(add):
+    for name, changes in {points!r}.items():
+        add(name, changes)
+'''
+
+
+def write_sweep(path: pathlib.Path, fields: dict, points: dict[str, dict]) -> pathlib.Path:
+    """A config file of these fields whose sweep has these points."""
+    path.write_text(SWEEP.format(fields=repr(fields), points=points))
+    return path
 
 
 def write_corpus(folder: pathlib.Path, documents: int = 40, seed: int = 0) -> pathlib.Path:

@@ -6,23 +6,7 @@ import re
 import pytest
 import tiny_run
 
-SWEEP = '''"""Two points."""
-
-import ast
-
-from configs import base
-
-
-def get_config(arg=""):
-    config = base.get_config("debug")
-    config.update_from_flattened_dict(ast.literal_eval({fields!r}))
-    return base.override(config, arg)
-
-
-def sweep(add):
-    add("moe", {{"model.moe.num_experts": 4}})
-    add("dense", {{"model.moe.num_experts": 0}})
-'''
+POINTS = {"moe": {"model.moe.num_experts": 4}, "dense": {"model.moe.num_experts": 0}}
 SMALL = {
     "mesh__data": 1,
     "mesh__expert": 1,
@@ -49,10 +33,10 @@ def ablated(tmp_path_factory):
     return folder, ablate(folder, "--seeds=1"), ablate(folder, "--seeds=1")
 
 
-def write_sweep(folder):
+def write_sweep(folder, points=POINTS):
     tiny_run.write_corpus(folder)
     fields = tiny_run.fields(folder, "unused", **SMALL)
-    (folder / "two.py").write_text(SWEEP.format(fields=repr(fields)))
+    tiny_run.write_sweep(folder / "two.py", fields, points)
 
 
 def ablate(folder, *arguments, config="two.py"):
@@ -163,11 +147,8 @@ def test_a_config_without_a_sweep_is_one_sentence(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     """A learning rate that breaks the first point alone, within fewer steps than may be skipped."""
-    write_sweep(tmp_path)
-    text = (tmp_path / "two.py").read_text()
-    (tmp_path / "two.py").write_text(
-        text.replace('"model.moe.num_experts": 4', '"optimizer.learning_rate": 1e38, "guards.skip_steps": 0')
-    )
+    fails = {"optimizer.learning_rate": 1e38, "guards.skip_steps": 0}
+    write_sweep(tmp_path, points=POINTS | {"moe": fails})
     done = ablate(tmp_path, "--seeds=1")
     assert done.returncode == 1
     assert "1/2 moe seed 0: " in done.stdout

@@ -11,23 +11,7 @@ import tiny_run
 pytestmark = pytest.mark.faults
 WAIT_SECONDS = 600  # ends a hang
 STEPS = 400
-SWEEP = '''"""Two points."""
-
-import ast
-
-from configs import base
-
-
-def get_config(arg=""):
-    config = base.get_config("debug")
-    config.update_from_flattened_dict(ast.literal_eval({fields!r}))
-    return base.override(config, arg)
-
-
-def sweep(add):
-    add("moe", {{}})
-    add("dense", {{"model.moe.num_experts": 0, "model.moe.first_dense": 0}})
-'''
+POINTS = {"moe": {}, "dense": {"model.moe.num_experts": 0, "model.moe.first_dense": 0}}
 CHANGES = dict(mesh__data=1, mesh__expert=1, mesh__emulate=1, train__steps=STEPS, train__checkpoint_every=STEPS)
 CHANGES |= dict(train__eval_every=STEPS, train__log_every=1, train__accumulation=1)
 
@@ -36,7 +20,7 @@ CHANGES |= dict(train__eval_every=STEPS, train__log_every=1, train__accumulation
 def test_a_sweep_told_to_stop_saves_the_step_of_its_run_and_goes_on(tmp_path, number):
     tiny_run.write_corpus(tmp_path)
     fields = tiny_run.fields(tmp_path, "unused", **CHANGES)
-    (tmp_path / "two.py").write_text(SWEEP.format(fields=repr(fields)))
+    tiny_run.write_sweep(tmp_path / "two.py", fields, POINTS)
     arguments = ["ablate", f"--config={tmp_path / 'two.py'}", f"--workdir={tmp_path / 'all'}", "--seeds=1"]
     run, log = tmp_path / "all" / "moe" / "seed_0", tmp_path / "all" / "moe" / "seed_0.log"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
