@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_jax.train.preemption import PreemptedError
+from moe_jax.train.preemption import PreemptedError, hear, hear_no_more
 
 # What is heard, and what the program under way is told: a terminal that closes is no reason to lose a step.
 PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGINT, signal.SIGHUP: signal.SIGTERM}
@@ -61,12 +61,8 @@ class PassingOn:
         raise PreemptedError(f"{name}: {what.rstrip('.')}. Run the same command again to go on.", 128 + self._told)
 
     def __enter__(self) -> "PassingOn":
-        for number in PASSED_ON:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._earlier[number] = signal.signal(number, self._heard) or signal.SIG_DFL
+        self._earlier = hear(PASSED_ON, self._heard)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
-        self._earlier = {}
+        hear_no_more(self._earlier)

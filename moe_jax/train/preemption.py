@@ -13,12 +13,26 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 EXIT_STATUS = 128 + signal.SIGTERM  # 143: preempted; the same command goes on where it stopped
 SAME_NOTICE = 1.0  # seconds
+
+
+def hear(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Has `handler` called for these signals, but for those that are ignored (`nohup`), and returns the handlers before it."""
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) or signal.SIG_DFL for number in heard}
+
+
+def hear_no_more(earlier: Mapping[int, Any]) -> None:
+    """Puts back the handlers that `hear` returned."""
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
 
 
 class PreemptedError(Exception):
@@ -77,14 +91,11 @@ class Notice:
         self._agrees = service
         if not service:
             self._listen()
-        for number in (signal.SIGINT,) if service else (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._earlier[number] = signal.signal(number, self._heard) or signal.SIG_DFL
+        self._earlier = hear((signal.SIGINT,) if service else (signal.SIGTERM, signal.SIGINT), self._heard)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
+        hear_no_more(self._earlier)
         if self._earlier and not self._agrees:
             self._listen_no_more()
         self._earlier = {}
