@@ -44,6 +44,11 @@ def main(command: str = "plan"):
     jax.config.update("jax_platforms", "cpu")  # nothing runs on devices, which may be others' or none
     where = topology.parse(TOPOLOGY.value)
     plan.check_depth(DEPTH.value, where)
+    if (command == "search" or ROUTING.value) and not where.chip.flops:
+        raise ConfigError(
+            f"topology = {where.text!r} has no data sheet, and {'search' if command == 'search' else '--routing'} goes by time; name an"
+            " accelerator, e.g. v5p:4x4x4."
+        )
     config = with_known_vocabulary(cli.read_config(CONFIG))
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).name.replace(".py", "")
     found = _search(name, config, where) if command == "search" else _plan(name, config, where)
@@ -66,10 +71,6 @@ def _plan(name, config, where):
 
 
 def _simulated(found):
-    if not found.time:
-        raise ConfigError(
-            f"--routing: topology = {found.topology.text!r} has no data sheet to tell time by; name an accelerator."
-        )
     sizes = {axis: getattr(found.config.mesh, axis) for axis in AXES}
     return load.simulate(found.time, load.from_record(ROUTING.value, found.config, sizes), found.config, sizes)
 

@@ -117,6 +117,9 @@ def test_the_program_plans_writes_and_refuses(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+    done = tiny_run.program("plan", "search", *small, "--topology=cpu:8")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: topology = 'cpu:8' has no data sheet, and search goes by time")
 
 
 @pytest.mark.slow
