@@ -80,6 +80,8 @@ def main(name: str):
     file = out / (f"{name}_{PEER.value}.json" if name == "inference" and PEER.value else f"{name}.json")
     write_atomic(file, json.dumps(report, indent=2) + "\n")
     print(f"written to {file}")
+    if name == "plan":
+        print(bench_plan.verdict(tables["steps"]))
     if "communication" in tables:
         print(reading(**tables))
         save_inference_plot(tables["rows"], out / f"{name}.png")

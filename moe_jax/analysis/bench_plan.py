@@ -1,16 +1,12 @@
 """Predicted against measured time of whole train steps on emulated devices: three models on three meshes.
 
 The machine's roofline (`plan_calibration`) is measured in the same rounds as the steps, in turn with them, for each model anew. A
-prediction is the reading "none" of `plan.roofline`: devices that share cores overlap nothing. Everything is timed by two clocks: the
-wall's, and this process's processor time in user mode over the machine's cores, which is what the wall would show were the cores this
-process's own, all busy, and its memory at hand. Where others use the machine too the second compares like with like: it leaves out
-waiting for cores, and the kernel's search for pages, which takes seconds a step where memory is short.
+prediction is the reading "none" of `plan.roofline`: devices that share cores overlap nothing. The process keeps the memory that it frees
+(`devices.keep_freed_memory`): what a kernel takes to find pages is no part of a step.
 """
 
 import dataclasses
 import math
-import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +17,7 @@ import numpy as np
 
 from moe_jax.analysis import plan_calibration
 from moe_jax.analysis.bench_train import stepper
-from moe_jax.analysis.devices import start_with
+from moe_jax.analysis.devices import keep_freed_memory, start_with
 from moe_jax.analysis.ledger import Entry
 from moe_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, RouterConfig, TrainConfig
 from moe_jax.mesh import make_mesh, shard_batch
@@ -29,6 +25,7 @@ from moe_jax.plan import program, roofline, topology, work
 from moe_jax.plan.traffic import collectives as all_collectives
 
 DEVICES = 8
+READY = 8 * 2**30  # bytes; more than the steps of one model and their calibration hold
 MESHES = {
     "data 8": MeshConfig(data=8),
     "data 2 expert 4": MeshConfig(data=2, expert=4),
@@ -66,15 +63,15 @@ def rows(
 ) -> dict[str, list[dict]]:
     """One table of the steps, one of the machine.
 
-    Keys of a step: model, mesh, predicted_ms, measured_ms (median, and `_min`, `_max`), ratio (predicted over measured), the same three by
-    processor time (`user_`), and what its prediction is made of: matrix_ms, memory_ms (beyond the products'), network_ms. The
-    machine's rates are by processor time too.
+    Keys of a step: model, mesh, predicted_ms, measured_ms (median, and `_min`, `_max`), ratio (predicted over measured), and what its
+    prediction is made of: matrix_ms, memory_ms (beyond the products'), network_ms.
 
     Args:
       repeats: rounds, in each of which every step and every part of the calibration runs once.
       collectives: every collective of a step.
       made_of: what to measure, by "model / mesh"; the nine of this module by default.
     """
+    keep_freed_memory(READY)
     start_with(DEVICES)
     made_of = made_of or configs()
     tables = {"steps": [], "machine": []}
@@ -88,7 +85,7 @@ def rows(
 
 
 def _measured(made_of, repeats, collectives):
-    """(rows of these steps, rates of the machine by the clock "user"), all timed in turn."""
+    """(rows of these steps, rates of the machine), all timed in turn."""
     where = topology.parse(f"cpu:{DEVICES}")
     traced = {name: program.trace(config, topology.abstract_mesh(config, where)) for name, config in made_of.items()}
     wanted = {size for step in traced.values() for size in plan_calibration.sizes_that_matter(work.products(step))}
@@ -100,49 +97,43 @@ def _measured(made_of, repeats, collectives):
     }
     made = plan_calibration.probes(sorted(wanted, key=str), kinds, jax.devices())
     calls = {**{name: probe.call for name, probe in made.items()}, **{("step", n): _step(c) for n, c in made_of.items()}}
-    by_clock = timed(calls, repeats)
-    rates = {clock: plan_calibration.rates(seconds, made) for clock, seconds in by_clock.items()}
-    table = []
+    seconds = timed(calls, repeats)
+    rates, table = plan_calibration.rates(seconds, made), []
     for name, step in traced.items():
-        sizes = dict(step.mesh.shape)
-        predicted = {
-            clock: roofline.predict(step, where, sent[name], overlap="none", machine=of_clock.machine(sizes))
-            for clock, of_clock in rates.items()
-        }
-        table.append(step_row(name, predicted, {clock: seconds["step", name] for clock, seconds in by_clock.items()}))
-    return table, rates["user"]
+        machine = rates.machine(dict(step.mesh.shape))
+        predicted = roofline.predict(step, where, sent[name], overlap="none", machine=machine)
+        table.append(step_row(name, predicted, seconds["step", name]))
+    return table, rates
 
 
-def timed(calls: dict[Any, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, dict[Any, list[float]]]:
-    """Seconds of each call by the clocks "wall" and "user" (this process's processor time outside the kernel, over the cores), every
-    repeat calling all in turn."""
-    seconds = {clock: {name: [] for name in calls} for clock in ("wall", "user")}
+def timed(calls: dict[Any, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[Any, list[float]]:
+    """Seconds of each call, every repeat calling all in turn."""
+    seconds = {name: [] for name in calls}
     for i in range(warmup + repeats):
         for name, call in calls.items():
-            wall, user = time.perf_counter(), _user_time()
+            start = time.perf_counter()
             jax.block_until_ready(call())
-            wall, user = time.perf_counter() - wall, (_user_time() - user) / os.cpu_count()
             if i >= warmup:
-                seconds["wall"][name].append(wall)
-                seconds["user"][name].append(user)
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def _user_time():
-    """Seconds, to the nanosecond but for what the kernel took, which is counted in its ticks."""
-    return time.process_time() - resource.getrusage(resource.RUSAGE_SELF).ru_stime
-
-
-def in_order(table: Sequence[dict], apart: float = 1.25, clock: str = "user_") -> list[tuple[str, str]]:
-    """Pairs of steps of which the slower is predicted to be the faster, of those measured at least `apart` times as long; by the wall's
-    clock where `clock` is empty."""
+def out_of_order(table: Sequence[dict], apart: float = 1.25) -> list[tuple[str, str]]:
+    """Pairs of steps of which the slower is predicted to be the faster, of those measured at least `apart` times as long."""
     return [
         (f"{a['model']} / {a['mesh']}", f"{b['model']} / {b['mesh']}")
         for a in table
         for b in table
-        if a[f"{clock}measured_ms"] > apart * b[f"{clock}measured_ms"]
-        and a[f"{clock}predicted_ms"] <= b[f"{clock}predicted_ms"]
+        if a["measured_ms"] > apart * b["measured_ms"] and a["predicted_ms"] <= b["predicted_ms"]
     ]
+
+
+def verdict(table: Sequence[dict]) -> str:
+    """One sentence: how far the predictions are off, and whether they have the steps in the right order."""
+    off = max(max(row["ratio"], 1 / row["ratio"]) for row in table)
+    wrong = "; ".join(f"{slower} is predicted to be as fast as {faster}" for slower, faster in out_of_order(table))
+    order = f"not in the right order: {wrong}" if wrong else "every two that differ by a quarter in the right order"
+    return f"{len(table)} steps predicted within a factor of {off:.2f}, {order}."
 
 
 def _step(config):
@@ -163,21 +154,23 @@ def _step(config):
     return call
 
 
-def step_row(name: str, predicted: dict[str, roofline.Prediction], seconds: dict[str, Sequence[float]]) -> dict:
-    """The row of the step "model / mesh" by what was predicted and measured by each clock."""
+def step_row(name: str, predicted: roofline.Prediction, seconds: Sequence[float]) -> dict:
+    """The row of the step "model / mesh" by what was predicted and measured."""
     model, mesh = name.split(" / ")
-    row = {"model": model, "mesh": mesh}
-    for clock, prefix in (("wall", ""), ("user", "user_")):
-        measured = statistics.median(seconds[clock])
-        row[f"{prefix}predicted_ms"] = 1e3 * predicted[clock].seconds
-        row[f"{prefix}measured_ms"] = 1e3 * measured
-        if clock == "wall":
-            row |= {"measured_ms_min": 1e3 * min(seconds[clock]), "measured_ms_max": 1e3 * max(seconds[clock])}
-        row[f"{prefix}ratio"] = predicted[clock].seconds / measured
-    parts, network = predicted["user"].parts.values(), predicted["user"].network.values()
-    matrix = sum(part.matrix for part in parts)
-    memory = sum(part.seconds for part in parts) - matrix
-    return row | {"matrix_ms": 1e3 * matrix, "memory_ms": 1e3 * memory, "network_ms": 1e3 * sum(network)}
+    measured = statistics.median(seconds)
+    matrix = sum(part.matrix for part in predicted.parts.values())
+    return {
+        "model": model,
+        "mesh": mesh,
+        "predicted_ms": 1e3 * predicted.seconds,
+        "measured_ms": 1e3 * measured,
+        "measured_ms_min": 1e3 * min(seconds),
+        "measured_ms_max": 1e3 * max(seconds),
+        "ratio": predicted.seconds / measured,
+        "matrix_ms": 1e3 * matrix,
+        "memory_ms": 1e3 * (sum(part.seconds for part in predicted.parts.values()) - matrix),
+        "network_ms": 1e3 * sum(predicted.network.values()),
+    }
 
 
 def _machine_rows(rates):

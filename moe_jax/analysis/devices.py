@@ -1,6 +1,11 @@
-"""How many devices a measurement runs on."""
+"""What a measurement runs on: how many devices, and what becomes of memory that they free."""
+
+import ctypes
+import os
+import sys
 
 import jax
+import numpy as np
 from jax.extend.backend import clear_backends
 
 from moe_jax.mesh import emulate_devices
@@ -17,3 +22,23 @@ def start_with(count: int) -> None:
         jax.clear_caches()
         clear_backends()
         emulate_devices(count)
+
+
+def keep_freed_memory(ready: int) -> None:
+    """Has glibc's allocator keep what is freed for what is asked for next; elsewhere it does nothing. Before JAX's backend starts.
+
+    Large arrays are otherwise given back to the system and asked for anew in every step. The kernel clears each page of them again, and a
+    virtual machine may fetch it from its host: seconds a step that are neither computation nor memory traffic, and that differ from
+    one machine and one minute to the next.
+
+    Args:
+      ready: bytes to have at hand from the start; at most half of what the system has left is taken.
+    """
+    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
+        return
+    m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1  # malloc.h
+    library.mallopt(m_arena_max, 1)
+    library.mallopt(m_mmap_max, 0)
+    library.mallopt(m_trim_threshold, -1)
+    left = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    np.ones(min(ready, left // 2), np.uint8)  # touched, freed, kept
