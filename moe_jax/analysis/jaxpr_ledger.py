@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
 from moe_jax.analysis.ledger import Branch, Entry, Sizes, wire_bytes
 
@@ -54,7 +54,7 @@ def _walk(jaxpr, sizes, serial, loops, path, branch) -> Iterator[Entry]:
         primitive = equation.primitive.name
         stack = str(equation.source_info.name_stack)
         name = "/".join(filter(None, [path, stack, primitive]))
-        inside = [_jaxpr(value) for value in _leaves(equation.params) if _jaxpr(value) is not None]
+        inside = list(jaxprs_in_params(equation.params))
         enter = functools.partial(_walk, sizes=sizes, serial=serial, path=name)
         if is_collective(equation, sizes):
             yield from entries_of(equation, sizes, loops, name, branch)
@@ -106,12 +106,3 @@ def is_collective(equation: JaxprEqn, sizes: Mapping[str, int]) -> bool:
 def _axes(params) -> tuple:
     axes = params.get("axis_name", params.get("axes", ()))
     return tuple(axes) if isinstance(axes, tuple | list) else (axes,)
-
-
-def _leaves(params):
-    for value in params.values():
-        yield from value if isinstance(value, tuple | list) else (value,)
-
-
-def _jaxpr(value) -> Jaxpr | None:
-    return value.jaxpr if isinstance(value, ClosedJaxpr) else value if isinstance(value, Jaxpr) else None

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jax.interpreters import partial_eval
+from jax.extend.core import Literal, jaxprs_in_params
 
 from moe_jax.config import ModelConfig
+from moe_jax.plan.dataflow import array_shape
 from moe_jax.plan.program import Step
+from moe_jax.plan.what_runs import what_runs
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "remat")
 
@@ -79,27 +80,19 @@ def bodies(step: Step) -> Iterator[Body]:
     Of a branch on `model.attention.full_every` the share of layers that take it; of any other the cheaper one, which is the path
     without overflow of an exchange (`exchange_overflow = "exact"`) and the step that is not skipped.
     """
-    jaxpr = step.traced.jaxpr.jaxpr
-    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    yield from _Reader(step.config.model, dict(step.mesh.shape)).read(jaxpr, "", 1, 1.0, 0, False)
-
-
-def inner(params: Mapping[str, Any]) -> list[Jaxpr]:
-    """The jaxprs among an equation's parameters."""
-    values = (v for value in params.values() for v in (value if isinstance(value, tuple | list) else (value,)))
-    return [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values if isinstance(v, ClosedJaxpr | Jaxpr)]
+    yield from _Reader(step.config.model).read(what_runs(step.traced.jaxpr), "", 1, 1.0, 0, False)
 
 
 def is_expert_loop(equation: Equation) -> bool:
     """Whether this is the loop over experts of the CPU's grouped products (`ops.grouped_matmul_cpu`), whose blocks are loops too."""
     if equation.primitive != "scan" or "experts" not in equation.path.split("/"):
         return False
-    return any(e.primitive.name == "while" for jaxpr in inner(equation.params) for e in jaxpr.eqns)
+    return any(e.primitive.name == "while" for jaxpr in jaxprs_in_params(equation.params) for e in jaxpr.eqns)
 
 
 class _Reader:
-    def __init__(self, model: ModelConfig, sizes: dict[str, int]):
-        self.model, self.sizes, self.count = model, sizes, 0
+    def __init__(self, model: ModelConfig):
+        self.model, self.count = model, 0
 
     def read(self, jaxpr, path, times, share, scans, manual):
         names: dict[Any, Value] = {}
@@ -110,7 +103,7 @@ class _Reader:
         for equation in equations:
             if equation.primitive == "pallas_call" or is_expert_loop(equation):
                 continue
-            here, deeper = f"{equation.path}/{equation.primitive}", inner(equation.params)
+            here, deeper = f"{equation.path}/{equation.primitive}", list(jaxprs_in_params(equation.params))
             if equation.primitive == "scan":
                 length = equation.params["length"]
                 yield from self.read(deeper[0], here, times * length, share, scans + 1, manual)
@@ -124,9 +117,8 @@ class _Reader:
     def flat(self, jaxpr, path, names, manual):
         for eqn in jaxpr.eqns:
             here = "/".join(filter(None, (path, str(eqn.source_info.name_stack))))
-            called = inner(eqn.params) if eqn.primitive.name in CALLS else ()
-            if called:
-                body = called[0]
+            body = next(jaxprs_in_params(eqn.params), None) if eqn.primitive.name in CALLS else None
+            if body is not None:
                 given = [self.value(v, names, manual) for v in eqn.invars]
                 within = dict(zip(body.invars, given[len(given) - len(body.invars) :], strict=True))
                 yield from self.flat(body, f"{here}/{eqn.primitive.name}", within, manual)
@@ -141,7 +133,7 @@ class _Reader:
             return Value(None, (), "", 0, (), frozenset())
         if var not in names:
             self.count += 1
-            names[var] = _value(self.count, var.aval, self.sizes, manual)
+            names[var] = _value(self.count, var.aval, manual)
         return names[var]
 
     def shares(self, equation, branches):
@@ -157,18 +149,15 @@ class _Reader:
 def _weight(jaxpr):
     """Products of a branch, to tell which is the cheaper one."""
     own = sum(eqn.primitive.name in ("dot_general", "pallas_call") for eqn in jaxpr.eqns)
-    return own + sum(_weight(body) for eqn in jaxpr.eqns for body in inner(eqn.params))
+    return own + sum(_weight(body) for eqn in jaxpr.eqns for body in jaxprs_in_params(eqn.params))
 
 
-def _value(key, aval, sizes, manual):
+def _value(key, aval, manual):
     whole = tuple(getattr(aval, "shape", ()))
-    parts, axes = [1] * len(whole), frozenset()
-    sharding = getattr(aval, "sharding", None)
-    if not manual and sharding is not None and whole:
-        spec = [(s,) if isinstance(s, str) else tuple(s or ()) for s in sharding.spec]
-        axes = frozenset(axis for names in spec for axis in names)
-        parts = [math.prod(sizes[axis] for axis in names) for names in spec]
-    shape = tuple(-(-length // part) for length, part in zip(whole, parts, strict=True))
+    shape, axes = whole, frozenset()
+    if not manual and whole:
+        shape, spec = array_shape(aval), getattr(aval.sharding, "spec", ())
+        axes = frozenset(axis for names in spec for axis in ((names,) if isinstance(names, str) else names or ()))
     dtype = getattr(aval, "dtype", None)
     itemsize = getattr(dtype, "itemsize", 4) if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else 8
     return Value(key, shape, getattr(dtype, "name", ""), math.prod(shape) * itemsize, whole, axes)

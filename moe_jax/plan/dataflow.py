@@ -5,10 +5,9 @@ Sizes are a device's own: of an array with an Explicit sharding its shard, insid
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
 _ELEMENTWISE = """
 abs add add_any and atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp concatenate convert_element_type copy copysign
@@ -87,7 +86,7 @@ class Dataflow:
 
 def dataflow(jaxpr: ClosedJaxpr | Jaxpr) -> Dataflow:
     """The dataflow of a traced function: `jax.jit(f).trace(...).jaxpr`. What nobody reads is left out."""
-    flow = _flow(_open(jaxpr), "")
+    flow = _flow(getattr(jaxpr, "jaxpr", jaxpr), "")
     _keep_only_what_is_read(flow, [True] * len(flow.outputs))
     return flow
 
@@ -151,7 +150,7 @@ class _Body:
         return self.known.setdefault(key, _value(atom.aval, "constant", fused=True))
 
     def _apply(self, equation, arguments, path) -> list[Value]:
-        primitive, inside = equation.primitive.name, list(_bodies(equation.params))
+        primitive, inside = equation.primitive.name, list(jaxprs_in_params(equation.params))
         scope = "/".join(filter(None, [path, str(equation.source_info.name_stack)]))
         if inside and primitive in LOOPS:
             stacks = len(arguments) - equation.params["num_consts"] - equation.params["num_carry"] if primitive == "scan" else 0
@@ -187,17 +186,6 @@ def _moves_nothing(equation, arguments):
     axes = equation.params.get("axes", equation.params.get("axis_name", ()))
     axes = axes if isinstance(axes, tuple | list) else (axes,)
     return mesh is not None and math.prod(mesh.shape.get(axis, 2) for axis in axes) == 1
-
-
-def _bodies(params) -> Iterator[Jaxpr]:
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, ClosedJaxpr | Jaxpr):
-                yield _open(item)
-
-
-def _open(jaxpr):
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
 
 
 def _keep_only_what_is_read(flow, wanted) -> None:

@@ -20,7 +20,8 @@ from moe_jax.analysis.jaxpr_ledger import entries_of, is_collective
 from moe_jax.analysis.ledger import Branch, Entry, wire_bytes
 from moe_jax.config import ConfigError
 from moe_jax.plan.program import Step
-from moe_jax.plan.shardings import CALLS, Layouts, Spec
+from moe_jax.plan.sharding_rules import Spec
+from moe_jax.plan.shardings import CALLS, Layouts
 from moe_jax.plan.what_runs import what_runs
 
 _CALLED_ONCE = ("jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call", "shard_map")

@@ -12,10 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from jax.extend.core import jaxprs_in_params
+
 from moe_jax.config import Config
 from moe_jax.mesh import BATCH_AXES
 from moe_jax.ops.grouped_matmul_cpu import block_sizes
-from moe_jax.plan.bodies import Body, Equation, bodies, inner, is_expert_loop
+from moe_jax.plan.bodies import Body, Equation, bodies, is_expert_loop
 from moe_jax.plan.program import Step
 from moe_jax.routing import make_router
 
@@ -164,7 +166,9 @@ def _loop_shapes(equation):
     groups, matrices = equation.params["length"], [v for v in equation.ins if len(v.shape) == 2]
     most = max(v.shape[0] for v in matrices)
     size = block_sizes(most, groups)[0]
-    blocks = [list(_dots(body)) for jaxpr in inner(equation.params) for e in jaxpr.eqns for body in _bodies_of_while(e)]
+    blocks = [
+        list(_dots(body)) for jaxpr in jaxprs_in_params(equation.params) for e in jaxpr.eqns for body in _bodies_of_while(e)
+    ]
     largest = max(blocks, key=lambda dots: sum(math.prod(dims) for dims, _ in dots))
     for (rows, terms, columns), dtype in largest:
         known = sorted((rows, terms, columns))  # the block's rows are one of the three, in whatever place
@@ -184,7 +188,7 @@ def _dots(jaxpr):
             rows = math.prod(n for i, n in enumerate(left) if i not in terms)
             columns = math.prod(n for i, n in enumerate(right) if i not in other)
             yield (rows, math.prod(left[i] for i in terms), columns), eqn.invars[0].aval.dtype.name
-        for body in inner(eqn.params):
+        for body in jaxprs_in_params(eqn.params):
             yield from _dots(body)
 
 
