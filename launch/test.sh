@@ -6,9 +6,10 @@
 #                                                     for TPUs and GPUs that are not there (needs libtpu, JAX's CUDA plugin), every
 #                                                     notebook, the report in Chromium (of the system; as root on Debian it is
 #                                                     installed)
-#     bash launch/test.sh matrix [pytest arguments]   every exchange x mesh x wire x dispatch, every router on every mesh: the rest of the
-#                                                     products whose corners the two tiers above run; published models compiled for
-#                                                     64 chips, minutes each (docs/plans/memory.md)
+#     bash launch/test.sh matrix [pytest arguments]   every exchange x mesh x wire x dispatch, every router on every mesh, every published model
+#                                                     decoding and over eight devices: the rest of the products whose corners the two
+#                                                     tiers above run; published models compiled for 64 chips, minutes each
+#                                                     (docs/plans/memory.md)
 #     bash launch/test.sh faults [pytest arguments]   what a run survives: fifty kills at random moments, checkpoints from every mesh to
 #                                                     every other (docs/reliability.md); prints its figures
 #     bash launch/test.sh all [pytest arguments]      all of them
@@ -27,7 +28,7 @@ esac
 case "$tier" in
   fast) extras=dev select=(-m "not slow and not matrix and not faults") ;;
   slow) extras=dev,hf,tpu,corpus select=(-m "slow and not matrix and not faults") ;;
-  matrix) extras=dev,tpu select=(-m matrix) ;;
+  matrix) extras=dev,hf,tpu select=(-m matrix) ;;
   faults) extras=dev select=(-m faults) ;;
   all) extras=dev,hf,tpu,corpus select=() ;;
 esac

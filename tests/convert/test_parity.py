@@ -25,6 +25,7 @@ from moe_jax.ops.cross_entropy import cross_entropy
 from moe_jax.routing.losses import balance_loss
 
 MESHES = {"one": MeshConfig(data=1), "eight": MeshConfig(data=1, expert=4, tensor=2)}
+SPREAD = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")  # over eight devices in this tier; the others: the matrix
 SEEDS = (0, 1)
 pytestmark = pytest.mark.slow  # torch is an extra that this tier installs
 
@@ -56,8 +57,12 @@ def _step(graphdef, has_aux_loss):
     return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", hf_models.CASES)
+def on_meshes(name):
+    matrix = () if name in SPREAD else pytest.mark.matrix
+    return [pytest.param(name, "one"), pytest.param(name, "eight", marks=matrix)]
+
+
+@pytest.mark.parametrize(("name", "mesh"), [point for name in hf_models.CASES for point in on_meshes(name)])
 def test_same_numbers(name, mesh):
     """Of two seeds, with the one program."""
     model, rows = _loaded(name, 0)[0], hf_models.batch()

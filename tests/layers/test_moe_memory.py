@@ -21,13 +21,13 @@ E, D, F, K, S = 64, 16, 16, 2, 64
 TOKENS = 512  # a device; then E*T*D and T*E*C are more than anything that a fast path has a use for
 CAPACITY_FACTOR = 1.25
 
-SLOW = pytest.mark.slow
+SLOW, MATRIX = pytest.mark.slow, pytest.mark.matrix
 PATHS = [
-    pytest.param(1, {}, id="one device", marks=SLOW),
+    pytest.param(1, {}, id="one device", marks=MATRIX),
     pytest.param(8, {"exchange": "all_to_all", "exchange_factor": 2.0}, id="all_to_all with a factor"),
-    pytest.param(8, {"exchange": "all_to_all"}, id="all_to_all", marks=SLOW),
+    pytest.param(8, {"exchange": "all_to_all"}, id="all_to_all", marks=MATRIX),
     pytest.param(8, {"exchange": "ragged", "exchange_factor": 2.0}, id="ragged with a factor", marks=SLOW),
-    pytest.param(8, {"exchange": "all_gather"}, id="all_gather", marks=SLOW),
+    pytest.param(8, {"exchange": "all_gather"}, id="all_gather", marks=MATRIX),
     pytest.param(8, {"exchange": "all_to_all", "exchange_factor": 2.0, "dispatch": "capacity"}, id="capacity", marks=SLOW),
 ]
 
