@@ -3,7 +3,7 @@
     python -m launch.plan --config=configs/published/mixtral_8x7b.py:v5p-64 --topology=v5p:4x4x4
     python -m launch.plan --config=configs/published/mixtral_8x7b.py:h100-64 --topology=h100:8x8 --depth=gpu
     python -m launch.plan search --config=configs/published/mixtral_8x7b.py:v5p-64 --topology=v5p:4x4x4
-    python -m launch.plan --config=configs/quickstart.py --topology=cpu:8 --routing=runs/a.rec
+    python -m launch.plan --config=configs/quickstart.py --topology=v5e:2x4 --routing=runs/a.rec
 
 --depth=jaxpr reads the traced step; --depth=gpu and --depth=tpu compile it for the chip too, which needs no chip but that platform's
 compiler (docs/plans.md). `search` tries meshes, exchanges, remat policies and microbatches, and prints the flags of the best.
