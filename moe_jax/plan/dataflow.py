@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
+from moe_jax.plan.loops import scan_counts
+
 _ELEMENTWISE = """
 abs add add_any and atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp concatenate convert_element_type copy copysign
 cos cosh device_put div dynamic_slice eq erf erf_inv erfc exp exp2 expm1 floor gather ge gt integer_pow iota is_finite le log log1p
@@ -153,7 +155,7 @@ class _Body:
         primitive, inside = equation.primitive.name, list(jaxprs_in_params(equation.params))
         scope = "/".join(filter(None, [path, str(equation.source_info.name_stack)]))
         if inside and primitive in LOOPS:
-            stacks = len(arguments) - equation.params["num_consts"] - equation.params["num_carry"] if primitive == "scan" else 0
+            stacks = len(arguments) - sum(scan_counts(equation.params)) if primitive == "scan" else 0
             bodies = tuple(_flow(body, scope, stacks) for body in inside)
             return self._append(equation, arguments, f"{scope}/{primitive}", bodies)
         if inside and primitive != "pallas_call" and len(inside[0].invars) == len(arguments):
@@ -208,7 +210,7 @@ def _inputs_read(node, read):
         for body in node.bodies:
             _keep_only_what_is_read(body, [True] * len(body.outputs))
         return node.inputs
-    carry = node.params["num_carry"] if node.primitive == "scan" else 0
+    start, carry = scan_counts(node.params) if node.primitive == "scan" else (0, 0)
     for body in node.bodies:
         wanted = [True] * carry + read[carry:]
         _keep_only_what_is_read(body, wanted)
@@ -220,7 +222,6 @@ def _inputs_read(node, read):
     first = 1 if node.primitive == "cond" else 0
     places = zip(*(body.inputs for body in node.bodies), strict=True)
     flags = [any(id(value) in used for value in place) for place in places]
-    start = node.params.get("num_consts", 0)
     flags = [flag or start <= i < start + carry for i, flag in enumerate(flags)]
     return [*node.inputs[:first], *(value for value, flag in zip(node.inputs[first:], flags, strict=True) if flag)]
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_jax.plan.dataflow import IN_PLACE, REDUCTIONS, Dataflow, Node, Value
+from moe_jax.plan.loops import scan_counts
 
 GATHERS = ("reshard", "all_gather", "all_gather_invariant", "all_gather_reduced")
 
@@ -93,7 +94,7 @@ class _Walk:
         found = {}
         for index, node in enumerate(self.nodes):
             if node.primitive == "scan":
-                first = node.params["num_consts"] + node.params["num_carry"]
+                first = sum(scan_counts(node.params))
                 for stack, layer in zip(node.inputs[first:], node.bodies[0].inputs[first:], strict=True):
                     if size := second_copy(stack, layer, node.bodies[0], self.platform):
                         start = found[id(stack)][0] if id(stack) in found else index
@@ -168,7 +169,7 @@ class _Walk:
         if node.primitive != "scan":
             moments = [_Walk(body, body.outputs, self.platform).worst() for body in node.bodies]
             return tuple(live.values()), max(moments, key=lambda moment: moment.bytes)
-        (body,), first, count = node.bodies, node.params["num_consts"], node.params["num_carry"]
+        (body,), (first, count) = node.bodies, scan_counts(node.params)
         starts = _ids(node.inputs[first : first + count]) & _ids(dying)
         held = [value for value in live.values() if id(value) not in starts]
         held += [value for value in node.outputs[count:] if value is not None]

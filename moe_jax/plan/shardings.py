@@ -13,6 +13,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import PartitionSpec
 
 from moe_jax.config import ConfigError
+from moe_jax.plan.loops import scan_counts
 from moe_jax.plan.sharding_rules import RULES, Equation, Need, Spec, is_auto, refusal
 
 CALLS = ("jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call", "scan", "while", "cond", "shard_map")
@@ -62,7 +63,7 @@ class Layouts:
             self._check_island(equation, specs)
             return None
         if name == "scan":
-            first = equation.params["num_consts"] + equation.params["num_carry"]
+            first = sum(scan_counts(equation.params))
             if any(spec and spec[0] for spec in specs[first:]):
                 raise refusal(equation, "it scans over a dimension that is split")
         carried = [variable for variable in equation.invars if not isinstance(variable, Literal) and variable in self.auto]

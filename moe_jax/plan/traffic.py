@@ -19,6 +19,7 @@ from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
 from moe_jax.analysis.jaxpr_ledger import entries_of, is_collective
 from moe_jax.analysis.ledger import Branch, Entry, wire_bytes
 from moe_jax.config import ConfigError
+from moe_jax.plan.loops import scan_counts
 from moe_jax.plan.program import Step
 from moe_jax.plan.sharding_rules import Spec
 from moe_jax.plan.shardings import CALLS, Layouts
@@ -166,7 +167,7 @@ class _Sums:
 
     def accumulated(self, params) -> list[int]:
         """Places of the entries that the body of a scan only adds to what it carries."""
-        first, count = params["num_consts"], params["num_carry"]
+        first, count = scan_counts(params)
         pairs = zip(self.jaxpr.invars[first : first + count], self.jaxpr.outvars[:count], strict=True)
         found = ((*self.carried.get(end, (None, None)), start) for start, end in pairs if not isinstance(end, Literal))
         return [place for beside, place, start in found if beside is start]

@@ -177,7 +177,8 @@ def _loop_shapes(equation):
 
 
 def _bodies_of_while(eqn):
-    return [eqn.params["body_jaxpr"].jaxpr] if eqn.primitive.name == "while" else []
+    body = eqn.params.get("body_jaxpr")
+    return [getattr(body, "jaxpr", body)] if eqn.primitive.name == "while" else []
 
 
 def _dots(jaxpr):
