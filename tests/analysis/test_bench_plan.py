@@ -1,6 +1,9 @@
 """The machine's roofline made of measurements that are given, and the table of steps; nothing is timed for its time's sake."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -104,9 +107,8 @@ def test_wrong_order_is_told():
     table = [row("a", 10, 20), row("b", 15, 21), row("c", 9, 40)]
     assert bench_plan.out_of_order(table) == [("m / c", "m / a"), ("m / c", "m / b")]  # a and b are too near to tell
     assert bench_plan.out_of_order(table[:2]) == []
-    assert "within a factor of 4.44, not in the right order: m / c is predicted to be as fast as m / a;" in bench_plan.verdict(
-        table
-    )
+    sentence = bench_plan.verdict(table)
+    assert "within a factor of 4.44, not in the right order: m / c is predicted to be as fast as m / a;" in sentence
     assert "2 steps predicted within a factor of 2.00, every two" in bench_plan.verdict(table[:2])
 
 
@@ -124,6 +126,27 @@ def test_every_round_calls_all_in_turn():
     seconds = bench_plan.timed({name: lambda name=name: order.append(name) for name in "ab"}, repeats=2)
     assert order == list("ababab")  # the first round is not kept
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_freed_memory_is_kept_for_what_is_asked_for_next():
+    """In a process of its own: an array as large as one that was freed touches no new page."""
+    program = """
+import resource
+
+import numpy as np
+
+from moe_jax.analysis.devices import keep_freed_memory
+
+keep_freed_memory(2**27)
+np.ones(2**26, np.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(2**26, np.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"}  # with huge pages few are touched in any case
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100  # of 16,384
 
 
 def test_the_nine_configs_are_valid_on_eight_devices():
