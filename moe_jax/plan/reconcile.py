@@ -14,6 +14,7 @@ from moe_jax.analysis.ledger import Entry, Sizes
 
 SMALL = 1024  # bytes; scalars and arrays of one number an expert are below
 EQUAL = "small sums that are equal are sent once"
+REPEATED = "what passes through a loop of one step repeat is sent once"
 SCATTER = "a reduce-scatter as an all-reduce"
 GATHER = "an all-gather as an all-reduce"
 
@@ -74,6 +75,11 @@ def reconcile(entries: Sequence[Entry], compiled: Sequence[Entry], mesh: Sizes, 
         for key, left in missing.items()
         if left and key[0] == "all-reduce" and _is_sum(left, _small(entries, key, sizes))
     }
+    rules |= {
+        key: REPEATED
+        for key, left in missing.items()
+        if left and key not in rules and _is_sum(left, _unlooped(entries, key, sizes))
+    }
     if platform == "tpu":
         rules = _as_sums(missing, entries, sizes) | rules
     lines = [Line(*key, counted[key], found[key], rules.get(key, "")) for key in missing]
@@ -109,6 +115,11 @@ def _small(entries, key, sizes) -> list[int]:
     """Bytes a step of each small array of a key."""
     mine = [(operand_bytes(entry, sizes), entry.executions) for entry in entries if _key(entry) == key]
     return [size * times for size, times in mine if size < SMALL]
+
+
+def _unlooped(entries, key, sizes) -> list[int]:
+    """Bytes a step of each array of a key that stands in a loop of one step, which a compiler takes away."""
+    return [operand_bytes(e, sizes) * e.executions for e in entries if _key(e) == key and 1 in e.loops]
 
 
 def _is_sum(total: int, parts: Iterable[int]) -> bool:

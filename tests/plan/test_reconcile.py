@@ -11,7 +11,7 @@ from configs.published import mixtral_8x7b
 from moe_jax.analysis.ledger import Entry, ledger, wire_bytes
 from moe_jax.config import Config, MeshConfig, from_dict
 from moe_jax.plan import program, targets, topology, traffic
-from moe_jax.plan.reconcile import EQUAL, GATHER, SCATTER, Reconciliation, operand_bytes, reconcile
+from moe_jax.plan.reconcile import EQUAL, GATHER, REPEATED, SCATTER, Reconciliation, operand_bytes, reconcile
 
 SIZES = {"a": 2, "b": 4}
 
@@ -51,6 +51,13 @@ def test_small_equal_sums_are_sent_once():
     for left in ([BIG, entry("all-reduce", AB, 32, (2,))], [loads[0]], [BIG, BIG, *loads]):
         with pytest.raises(ValueError, match=r"all-reduce over a\+b of float32: 4416 bytes counted"):
             reconcile([BIG, *loads], left, SIZES).check()
+
+
+def test_what_loops_of_one_step_repeat_is_sent_once():
+    once, twice = [entry("all-gather", B, 4096, (2,))], [entry("all-gather", B, 4096, (2, 1))] * 2
+    assert rules(twice, once) == [REPEATED]
+    assert len(reconcile(once * 2, once, SIZES).unexplained) == 1  # no such loop
+    assert len(reconcile(twice, [entry("all-gather", B, 4000, (2,))], SIZES).unexplained) == 1  # part of an array
 
 
 def test_what_the_tpu_compiler_rewrites_has_a_name():
@@ -144,6 +151,15 @@ def test_programs_for_h100_send_what_was_counted(name):
     found.check()
     assert {(line.kind, line.rule) for line in found.explained} <= {("all-reduce", EQUAL)}
     assert sum(line.counted - line.compiled for line in found.explained) < 256
+
+
+@pytest.mark.matrix
+def test_a_lone_layer_s_counting_pass_is_merged_with_its_forward_pass():
+    moe = dict(accumulation=2, exchange_factor=1.25, exchange_overflow="exact", first_dense=0)
+    found = compiled_and_counted(of(dict(fsdp=4, expert=4), **moe, model=dict(num_layers=1)), "h100:2x8")
+    found.check()
+    assert {line.rule for line in found.explained} <= {EQUAL, REPEATED}
+    assert all(line.compiled < line.counted for line in found.explained)
 
 
 @pytest.mark.matrix
